@@ -1,0 +1,2 @@
+//! What Forebay's boards share.
+#![no_std]

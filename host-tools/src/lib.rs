@@ -1,0 +1,1 @@
+//! The host side of Forebay: conversion, the command line, measuring.
