@@ -1,0 +1,1 @@
+//! Validation of the MODEL and TENSORS sections against the extents.
