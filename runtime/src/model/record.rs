@@ -98,9 +98,7 @@ pub struct ModelRecord {
     pub residual_scale: F32,
     /// Factor on the logits.
     pub logit_scale: F32,
-    /// Bytes of the resident region, a multiple of the page.
-    pub resident_len: U64,
-    /// First of the extents that hold the resident region, one after another.
+    /// First of the consecutive extents that hold the tensors of no layer ([`NO_LAYER`]), the *global group*.
     pub resident_first: U32,
     /// Number of those extents.
     pub resident_count: U32,
@@ -121,7 +119,7 @@ pub struct ModelRecord {
     /// Model name for people to read: UTF-8, zero padded.
     pub name: [u8; 64],
     /// Zero.
-    pub reserved: [u8; 16],
+    pub reserved: [u8; 24],
 }
 
 /// What mixes positions in a layer.
@@ -157,7 +155,7 @@ pub struct LayerRecord {
     pub router: u8,
     /// [`ROUTER_NORMALISE`].
     pub router_flags: u8,
-    /// Index of the layer's RoPE table (the `layer` of a [`Role::RopeInvFreq`] tensor), or [`NO_ROPE`].
+    /// 0 for the [`Role::RopeInvFreq`] table, or [`NO_ROPE`].
     pub rope: u8,
     /// Query heads (attention).
     pub heads: U16,
@@ -189,8 +187,12 @@ pub struct LayerRecord {
     pub up: MatrixRecord,
     /// Down projection of one unit: [hidden, unit width].
     pub down: MatrixRecord,
+    /// First of the consecutive extents that hold this layer's resident tensors, the layer's *group*.
+    pub resident_first: U32,
+    /// Number of those extents.
+    pub resident_count: U32,
     /// Zero.
-    pub reserved: [u8; 40],
+    pub reserved: [u8; 32],
 }
 
 /// What a resident tensor is.
@@ -204,7 +206,7 @@ pub enum Role {
     OutputHead = 2,
     /// Final RMSNorm, f32 [1, hidden].
     FinalNorm = 3,
-    /// Inverse frequencies, f32 [1, rotary width / 2], scaling applied; `layer` is the table's index.
+    /// Inverse frequencies, f32 [1, rotary width / 2], scaling applied.
     RopeInvFreq = 4,
     /// RMSNorm before the operator, f32 [1, hidden].
     OperatorNorm = 16,
@@ -292,18 +294,19 @@ impl Role {
     }
 }
 
-/// Where a resident tensor lies. 40 bytes. The TENSORS section is an array of these, sorted by
+/// Where a resident tensor lies. 40 bytes. A group's tensors are one run of bytes, padded to the page and cut
+/// into extents, so that layers can be loaded, and waited for, one by one. The TENSORS section is an array of these, sorted by
 /// (`layer`, `role`) without repetition.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct TensorRecord {
-    /// Layer, [`NO_LAYER`], or the table index for [`Role::RopeInvFreq`].
+    /// Layer, or [`NO_LAYER`].
     pub layer: U16,
     /// A [`Role`].
     pub role: U16,
     /// Shape and encoding; vectors are [1, n].
     pub matrix: MatrixRecord,
-    /// Offset in the resident region, a multiple of 64.
+    /// Offset from the start of its group (the layer's, or the global one), a multiple of 64.
     pub offset: U64,
     /// Bytes: [`MatrixShape::bytes`].
     pub len: U64,
