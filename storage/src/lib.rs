@@ -6,4 +6,8 @@
 #![cfg_attr(not(feature = "std"), no_std)]
 #![forbid(unsafe_code)]
 
+pub mod image;
+mod memory;
 pub mod store;
+
+pub use memory::{MAX_DEPTH, MemoryStore};
