@@ -11,9 +11,13 @@ pub const MAX_DEPTH: usize = 64;
 
 /// What to answer to a request that the geometry rules out.
 pub(crate) fn check<E>(geometry: &Geometry, request: &ReadRequest<'_>) -> Result<(), ReadError<E>> {
-    let len = request.buf.len() as u64;
+    let len = request.len as u64;
     let block = u64::from(geometry.block.max(1));
-    let address = request.buf.as_ptr().addr() as u64;
+    let address = request.buf.as_ptr().addr().wrapping_add(request.start) as u64;
+    let end = request.start.checked_add(request.len);
+    if end.is_none_or(|end| end > request.buf.len()) {
+        return Err(ReadError::OutOfBounds);
+    }
     if !(request.offset | len | address).is_multiple_of(block) {
         return Err(ReadError::Misaligned);
     }
@@ -66,24 +70,31 @@ impl<'b> BlockStore<'b> for MemoryStore<'b, '_> {
         if self.done.len() >= usize::from(self.depth) {
             return Err(request);
         }
-        let result = check(&self.geometry(), &request);
-        let ReadRequest { id, offset, buf } = request;
-        let result = result.and_then(|()| {
-            let start = usize::try_from(offset).map_err(|_| ReadError::OutOfBounds)?;
-            let source = self
-                .bytes
-                .get(start..)
-                .and_then(|tail| tail.get(..buf.len()))
-                .ok_or(ReadError::OutOfBounds)?;
-            buf.copy_from_slice(source);
-            Ok(())
-        });
+        let mut request = request;
+        let mut result = check(&self.geometry(), &request);
+        if result.is_ok() {
+            let start = usize::try_from(request.offset).ok();
+            let source = start.and_then(|start| self.bytes.get(start..)?.get(..request.len));
+            match (source, request.target()) {
+                (Some(source), Some(target)) => target.copy_from_slice(source),
+                _ => result = Err(ReadError::OutOfBounds),
+            }
+        }
+        let ReadRequest {
+            id,
+            offset,
+            buf,
+            start,
+            len,
+        } = request;
         self.done
             .push_back(Completion { id, buf, result })
             .map_err(|done| ReadRequest {
                 id: done.id,
                 offset,
                 buf: done.buf,
+                start,
+                len,
             })
     }
 

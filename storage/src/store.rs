@@ -13,15 +13,40 @@ pub struct Geometry {
     pub queue_depth: u16,
 }
 
-/// A read that fills the whole of `buf` from `offset`. The buffer belongs to the request until it comes back.
+/// A read of `len` bytes from `offset` into `buf[start..start + len]`. The buffer belongs to the request until it
+/// comes back; its other bytes keep their value, so a unit's missing planes can be read behind those it has.
 #[derive(Debug)]
 pub struct ReadRequest<'b> {
     /// The caller's name for the read; comes back with its completion.
     pub id: u32,
     /// Byte offset from the start of the store.
     pub offset: u64,
-    /// Filled whole, or the read fails.
+    /// The buffer.
     pub buf: &'b mut [u8],
+    /// First byte of the buffer that is filled.
+    pub start: usize,
+    /// Bytes that are filled, all of them, or the read fails.
+    pub len: usize,
+}
+
+impl<'b> ReadRequest<'b> {
+    /// A read that fills the whole of `buf`.
+    pub fn whole(id: u32, offset: u64, buf: &'b mut [u8]) -> Self {
+        let len = buf.len();
+        Self {
+            id,
+            offset,
+            buf,
+            start: 0,
+            len,
+        }
+    }
+
+    /// The bytes to fill; `None` if the range is not inside the buffer.
+    pub fn target(&mut self) -> Option<&mut [u8]> {
+        self.buf
+            .get_mut(self.start..self.start.checked_add(self.len)?)
+    }
 }
 
 /// A finished read.
