@@ -2,7 +2,23 @@
 //!
 //! Every operator has one arithmetic definition, the scalar code in `reference`, and every back-end in
 //! `arch` returns the same bits (see `docs/arithmetic.md`). Nothing here allocates, blocks or knows a file.
-#![cfg_attr(not(feature = "std"), no_std)]
+#![cfg_attr(not(any(test, feature = "std")), no_std)]
 #![deny(unsafe_code)]
 
+pub mod activations;
+mod arch;
+pub mod attention;
+pub mod exec;
+pub mod matmul;
+pub mod ops;
+pub mod pack;
+mod reference;
+#[cfg(test)]
+mod tests;
 pub mod weights;
+
+/// A thread pool for hosts.
+#[cfg(any(test, feature = "std"))]
+pub mod pool {
+    pub use crate::arch::pool::ThreadPool;
+}

@@ -1,0 +1,121 @@
+//! Back-ends: one private trait, the scalar definition, and one file per instruction set.
+//!
+//! The only unsafe code of the crate is here: vector intrinsics, the hand-out of disjoint parts of an output to
+//! the workers, and the thread pool's borrowed job.
+#![allow(unsafe_code)]
+
+#[cfg(any(test, feature = "std"))]
+pub(crate) mod pool;
+pub(crate) mod split;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+use crate::activations::{ActSpec, Acts, TokenMut};
+use crate::reference::quant::QuantBlock;
+use crate::reference::{float, math, quant};
+use crate::weights::ROW_BLOCK;
+
+/// Most tokens that one call of [`Kernels::quant_tile`] multiplies.
+pub(crate) const TILE: usize = 4;
+
+/// Stored float formats; all convert to `f32` exactly.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Float {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Float {
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+    /// Converts a stored row.
+    pub fn to_f32(self, row: &[u8], out: &mut [f32]) {
+        use float::Element;
+        let load = match self {
+            Self::F32 => float::F32::load,
+            Self::F16 => float::F16::load,
+            Self::Bf16 => float::Bf16::load,
+        };
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = load(row, i);
+        }
+    }
+}
+
+/// What a back-end implements. Every provided method is the definition; an implementation that replaces one
+/// returns the same bits. Lengths have been checked by the caller.
+pub(crate) trait Kernels: Sync {
+    fn name(&self) -> &'static str;
+    /// Whether [`Kernels::quant_tile`] multiplies fields of 1 bit by the activations' subset sums.
+    fn uses_tables(&self) -> bool {
+        false
+    }
+    /// Quantises one token.
+    fn quantise(&self, spec: ActSpec, x: &[f32], out: TokenMut<'_>) {
+        quant::quantise(spec, x, out);
+    }
+    /// Multiplies a row block with `out.len()` tokens, at most [`TILE`], from `first` on.
+    fn quant_tile(&self, block: &QuantBlock<'_>, acts: &Acts<'_>, first: usize, out: &mut [[f32; ROW_BLOCK]]) {
+        quant::quant_tile(block, acts, first, out);
+    }
+    /// `out[i]` = inner product of stored row `i` with `x`.
+    fn dot_rows(&self, format: Float, rows: &[u8], x: &[f32], out: &mut [f32]) {
+        float::dot_rows(format, rows, x, out);
+    }
+    /// `out` = sum over rows of `weights[row] * row`.
+    fn weighted_sum(&self, format: Float, rows: &[u8], weights: &[f32], out: &mut [f32]) {
+        float::weighted_sum(format, rows, weights, out);
+    }
+    fn dot(&self, a: &[f32], b: &[f32]) -> f32 {
+        float::dot(a, b)
+    }
+    fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        math::rms_norm(x, weight, eps, out);
+    }
+    fn softmax(&self, x: &mut [f32]) {
+        math::softmax(x);
+    }
+    fn silu_mul(&self, gate: &mut [f32], up: &[f32]) {
+        math::silu_mul(gate, up);
+    }
+    fn add(&self, acc: &mut [f32], x: &[f32]) {
+        float::add(acc, x);
+    }
+    fn add_scaled(&self, acc: &mut [f32], x: &[f32], w: f32) {
+        float::add_scaled(acc, x, w);
+    }
+    fn scale(&self, x: &mut [f32], s: f32) {
+        float::scale(x, s);
+    }
+}
+
+/// The definition as a back-end.
+pub(crate) struct Scalar;
+
+impl Kernels for Scalar {
+    fn name(&self) -> &'static str {
+        "scalar"
+    }
+}
+
+/// The vector back-ends of this CPU, slowest first.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn vector_backends() -> [Option<&'static dyn Kernels>; 1] {
+    [x86_64::avx2::get()]
+}
+
+/// The vector back-ends of this CPU, slowest first.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn vector_backends() -> [Option<&'static dyn Kernels>; 0] {
+    []
+}
+
+/// The fastest vector back-end.
+pub(crate) fn best() -> Option<&'static dyn Kernels> {
+    vector_backends().into_iter().rev().flatten().next()
+}

@@ -1,0 +1,3 @@
+//! Back-ends for x86-64.
+
+pub(super) mod avx2;

@@ -1,0 +1,136 @@
+//! Causal attention with grouped queries over a cache of keys and values.
+
+use crate::arch::Float;
+use crate::arch::split::{Columns, split_columns};
+use crate::exec::Exec;
+use crate::matmul::parts;
+
+/// Element format of the cache.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum KvFormat {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16, rounded to nearest even when stored.
+    F16,
+}
+
+impl KvFormat {
+    /// Bytes per element.
+    pub const fn bytes(self) -> usize {
+        self.float().bytes()
+    }
+    const fn float(self) -> Float {
+        match self {
+            Self::F32 => Float::F32,
+            Self::F16 => Float::F16,
+        }
+    }
+}
+
+/// Shape of one layer's cache of keys, or of values: `[kv_heads][capacity][head_dim]`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct KvShape {
+    /// Heads of keys and values.
+    pub kv_heads: usize,
+    /// Elements per head.
+    pub head_dim: usize,
+    /// Positions.
+    pub capacity: usize,
+}
+
+impl KvShape {
+    /// Bytes of the cache of keys, or of values.
+    pub const fn bytes(&self, format: KvFormat) -> usize {
+        self.kv_heads * self.capacity * self.head_dim * format.bytes()
+    }
+}
+
+/// Stores the keys, or values, of position `pos`; `x` is `[kv_heads][head_dim]`.
+///
+/// # Panics
+/// If `pos` is outside the capacity or a slice has another length.
+pub fn kv_store(format: KvFormat, shape: &KvShape, cache: &mut [u8], pos: usize, x: &[f32]) {
+    assert!(pos < shape.capacity, "position outside the cache");
+    assert_eq!(cache.len(), shape.bytes(format), "cache of another shape");
+    assert_eq!(x.len(), shape.kv_heads * shape.head_dim, "x is [kv_heads][head_dim]");
+    if x.is_empty() {
+        return;
+    }
+    let row = shape.head_dim * format.bytes();
+    for (head, x) in x.chunks_exact(shape.head_dim).enumerate() {
+        let at = (head * shape.capacity + pos) * row;
+        let out = &mut cache[at..at + row];
+        match format {
+            KvFormat::F32 => out.as_chunks_mut().0.iter_mut().zip(x).for_each(|(o, x)| *o = x.to_le_bytes()),
+            KvFormat::F16 => {
+                let halves = out.as_chunks_mut().0.iter_mut();
+                halves.zip(x).for_each(|(o, x)| *o = half::f16::from_f32(*x).to_le_bytes());
+            }
+        }
+    }
+}
+
+/// Elements of scratch that [`attention`] needs with `workers` workers.
+pub fn attention_scratch(shape: &KvShape, heads: usize, workers: usize) -> usize {
+    let _ = heads;
+    shape.capacity.next_multiple_of(16) * workers.max(1)
+}
+
+/// Attention of `tokens` tokens at positions `pos0..`, whose keys and values are already in the caches.
+///
+/// - `k`, `v`: the caches.
+/// - `q`, `out`: `[tokens][heads][head_dim]`; query head `h` uses key head `h * kv_heads / heads`.
+/// - `window`: 0, or the number of last positions, its own included, that a token attends to.
+/// - `scratch`: at least [`attention_scratch`] elements for the workers of `exec`.
+///
+/// # Panics
+/// If a slice has another length, `heads` is no multiple of the shape's `kv_heads`, or the tokens do not fit the
+/// capacity.
+#[allow(clippy::too_many_arguments)]
+pub fn attention(
+    exec: &Exec<'_>,
+    format: KvFormat,
+    shape: &KvShape,
+    k: &[u8],
+    v: &[u8],
+    q: &[f32],
+    heads: usize,
+    tokens: usize,
+    pos0: usize,
+    window: usize,
+    scale: f32,
+    scratch: &mut [f32],
+    out: &mut [f32],
+) {
+    let (dim, width) = (shape.head_dim, heads * shape.head_dim);
+    assert!(pos0 + tokens <= shape.capacity, "tokens outside the cache");
+    assert!(k.len() == shape.bytes(format) && v.len() == k.len(), "cache of another shape");
+    assert!(q.len() == tokens * width && out.len() == q.len(), "q and out are [tokens][heads][head_dim]");
+    assert!(scratch.len() >= attention_scratch(shape, heads, exec.workers.count()), "scratch too small");
+    if out.is_empty() {
+        return;
+    }
+    assert!(shape.kv_heads > 0 && heads.is_multiple_of(shape.kv_heads), "heads share key heads evenly");
+    let group = heads / shape.kv_heads;
+    let kernels = exec.backend.kernels();
+    let row = dim * format.bytes();
+    let span = if window == 0 { pos0 + tokens } else { window.min(pos0 + tokens) };
+    let parts = parts(exec, tokens * width * span, heads);
+    split_columns(exec, parts, out, width, dim, scratch, &|range, columns: &mut Columns<'_>, scores| {
+        for head in range.start / dim..range.end / dim {
+            let cache = head / group * shape.capacity * row..(head / group + 1) * shape.capacity * row;
+            let (k, v) = (&k[cache.clone()], &v[cache]);
+            for token in 0..tokens {
+                let end = pos0 + token + 1;
+                let start = if window == 0 { 0 } else { end.saturating_sub(window) };
+                let scores = &mut scores[..end - start];
+                let q = &q[token * width + head * dim..][..dim];
+                kernels.dot_rows(format.float(), &k[start * row..end * row], q, scores);
+                kernels.scale(scores, scale);
+                kernels.softmax(scores);
+                let out = &mut columns.row(token)[head * dim - range.start..][..dim];
+                kernels.weighted_sum(format.float(), &v[start * row..end * row], scores, out);
+            }
+        }
+    });
+}
