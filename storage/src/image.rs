@@ -35,11 +35,7 @@ pub const MAX_PAGE: u32 = 1 << 20;
 #[must_use]
 pub const fn data_start(page: u32) -> u64 {
     let slots = 2 * SUPERBLOCK_SLOT;
-    if page as u64 > slots {
-        page as u64
-    } else {
-        slots
-    }
+    if page as u64 > slots { page as u64 } else { slots }
 }
 
 /// `len` rounded up to a multiple of the power of two `page`; `None` if that does not fit 64 bits.

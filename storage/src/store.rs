@@ -33,19 +33,12 @@ impl<'b> ReadRequest<'b> {
     /// A read that fills the whole of `buf`.
     pub fn whole(id: u32, offset: u64, buf: &'b mut [u8]) -> Self {
         let len = buf.len();
-        Self {
-            id,
-            offset,
-            buf,
-            start: 0,
-            len,
-        }
+        Self { id, offset, buf, start: 0, len }
     }
 
     /// The bytes to fill; `None` if the range is not inside the buffer.
     pub fn target(&mut self) -> Option<&mut [u8]> {
-        self.buf
-            .get_mut(self.start..self.start.checked_add(self.len)?)
+        self.buf.get_mut(self.start..self.start.checked_add(self.len)?)
     }
 }
 

@@ -39,9 +39,7 @@ pub struct ChecksumError {
 ///
 /// Level `i` follows level `i - 1` directly, so the first `n` levels are one contiguous read.
 /// Records from [`ExtentTable`] have been validated.
-#[derive(
-    FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy, PartialEq, Eq, Debug,
-)]
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct ExtentRecord {
     offset: U64,
@@ -112,11 +110,7 @@ impl ExtentRecord {
     /// What the extent is to the cache.
     #[must_use]
     pub fn kind(&self) -> ExtentKind {
-        if self.kind == ExtentKind::Resident.code() {
-            ExtentKind::Resident
-        } else {
-            ExtentKind::Unit
-        }
+        if self.kind == ExtentKind::Resident.code() { ExtentKind::Resident } else { ExtentKind::Unit }
     }
 
     /// Checks `bytes`, consecutive whole levels from `first_level` on. Returns how many levels that was.
@@ -132,9 +126,7 @@ impl ExtentRecord {
             if level >= self.levels() {
                 return Err(bad);
             }
-            let (head, tail) = rest
-                .split_at_checked(self.len[level].get() as usize)
-                .ok_or(bad)?;
+            let (head, tail) = rest.split_at_checked(self.len[level].get() as usize).ok_or(bad)?;
             if head.is_empty() || crc32c(head) != self.crc[level].get() {
                 return Err(bad);
             }
@@ -150,14 +142,7 @@ impl ExtentRecord {
 
     /// Checks everything about the record that does not take its neighbours. Returns the end of the extent.
     fn validate(&self, index: usize, superblock: &Superblock) -> Result<u64, ImageError> {
-        let wrong = |field, value, violation| {
-            Err(ImageError::Extent {
-                index,
-                field,
-                value,
-                violation,
-            })
-        };
+        let wrong = |field, value, violation| Err(ImageError::Extent { index, field, value, violation });
         let page = superblock.page();
         if self.kind == 0 {
             return wrong("kind", 0, Violation::Below { min: 1 });
@@ -175,11 +160,7 @@ impl ExtentRecord {
         }
         if self.flags.get() != 0 {
             let expected = 0;
-            return wrong(
-                "flags",
-                self.flags.get().into(),
-                Violation::Not { expected },
-            );
+            return wrong("flags", self.flags.get().into(), Violation::Not { expected });
         }
         let lens = self.len.map(U32::get);
         let crcs = self.crc.map(U32::get);
@@ -240,11 +221,8 @@ impl<'a> ExtentTable<'a> {
     /// # Errors
     /// [`ImageError::Extent`] with the first bad record, [`ImageError::PartialRecord`].
     pub fn parse(bytes: &'a [u8], superblock: &Superblock) -> Result<Self, ImageError> {
-        let records =
-            <[ExtentRecord]>::ref_from_bytes(bytes).map_err(|_| ImageError::PartialRecord {
-                len: bytes.len() as u64,
-                record: RECORD as u64,
-            })?;
+        let records = <[ExtentRecord]>::ref_from_bytes(bytes)
+            .map_err(|_| ImageError::PartialRecord { len: bytes.len() as u64, record: RECORD as u64 })?;
         let mut min = data_start(superblock.page());
         for (index, record) in records.iter().enumerate() {
             let end = record.validate(index, superblock)?;

@@ -6,8 +6,8 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{
-    Crc32c, ImageError, MAGIC, MAX_PAGE, MAX_SECTIONS, MIN_PAGE, SUPERBLOCK_SLOT, VERSION_MAJOR,
-    VERSION_MINOR, Violation, crc32c, data_start, round_up,
+    Crc32c, ImageError, MAGIC, MAX_PAGE, MAX_SECTIONS, MIN_PAGE, SUPERBLOCK_SLOT, VERSION_MAJOR, VERSION_MINOR,
+    Violation, crc32c, data_start, round_up,
 };
 
 /// Section flag: a reader that does not know the kind must refuse the image.
@@ -152,42 +152,29 @@ pub struct Section {
 }
 
 impl Section {
-    const NONE: Self = Self {
-        kind: SectionKind::Other(0),
-        offset: 0,
-        len: 0,
-        crc: 0,
-    };
+    const NONE: Self = Self { kind: SectionKind::Other(0), offset: 0, len: 0, crc: 0 };
 
     /// Checks the section's bytes. `bytes` may go on past the section (the padding that was read with it).
     ///
     /// # Errors
     /// [`ImageError::TooShort`] if `bytes` is not the whole section, [`ImageError::SectionChecksum`].
     pub fn verify(&self, bytes: &[u8]) -> Result<(), ImageError> {
-        let whole = usize::try_from(self.len)
-            .ok()
-            .and_then(|len| bytes.get(..len))
-            .ok_or(ImageError::TooShort {
-                what: "section",
-                len: bytes.len() as u64,
-                expected: self.len,
-            })?;
+        let whole = usize::try_from(self.len).ok().and_then(|len| bytes.get(..len)).ok_or(ImageError::TooShort {
+            what: "section",
+            len: bytes.len() as u64,
+            expected: self.len,
+        })?;
         let computed = crc32c(whole);
         if computed == self.crc {
             Ok(())
         } else {
-            Err(ImageError::SectionChecksum {
-                kind: self.kind,
-                stored: self.crc,
-                computed,
-            })
+            Err(ImageError::SectionChecksum { kind: self.kind, stored: self.crc, computed })
         }
     }
 
     /// Bytes the section takes in the image, padding included; the section has been validated.
     fn end(&self, page: u32) -> u64 {
-        self.offset
-            .saturating_add(round_up(self.len, page).unwrap_or(u64::MAX))
+        self.offset.saturating_add(round_up(self.len, page).unwrap_or(u64::MAX))
     }
 }
 
@@ -211,27 +198,14 @@ impl Superblock {
     /// # Errors
     /// [`ImageError::Superblock`] if `page` is not a power of two from 512 to 1 MiB, or `image_len` is not a
     /// multiple of it that has room for the superblocks.
-    pub fn new(
-        page: u32,
-        generation: u64,
-        id: [u8; 16],
-        image_len: u64,
-    ) -> Result<Self, ImageError> {
-        let wrong = |field, value, violation| ImageError::Superblock {
-            field,
-            value,
-            violation,
-        };
+    pub fn new(page: u32, generation: u64, id: [u8; 16], image_len: u64) -> Result<Self, ImageError> {
+        let wrong = |field, value, violation| ImageError::Superblock { field, value, violation };
         if !page.is_power_of_two() || !(MIN_PAGE..=MAX_PAGE).contains(&page) {
             let (min, max) = (MIN_PAGE, MAX_PAGE);
             return Err(wrong("page", page.into(), Violation::NotAPage { min, max }));
         }
         if !image_len.is_multiple_of(page.into()) {
-            return Err(wrong(
-                "image_len",
-                image_len,
-                Violation::Misaligned { page },
-            ));
+            return Err(wrong("image_len", image_len, Violation::Misaligned { page }));
         }
         let min = data_start(page);
         if image_len < min {
@@ -261,13 +235,8 @@ impl Superblock {
     /// then unchanged.
     pub fn push_section(&mut self, section: Section) -> Result<(), ImageError> {
         let index = usize::from(self.count);
-        let wrong = |field, value, violation| ImageError::Section {
-            index,
-            kind: section.kind,
-            field,
-            value,
-            violation,
-        };
+        let wrong =
+            |field, value, violation| ImageError::Section { index, kind: section.kind, field, value, violation };
         if index >= MAX_SECTIONS {
             return Err(ImageError::TooManySections);
         }
@@ -279,52 +248,26 @@ impl Superblock {
         }
         let page = self.page;
         if !section.offset.is_multiple_of(page.into()) {
-            return Err(wrong(
-                "offset",
-                section.offset,
-                Violation::Misaligned { page },
-            ));
+            return Err(wrong("offset", section.offset, Violation::Misaligned { page }));
         }
         let min = data_start(page);
         if section.offset < min {
             return Err(wrong("offset", section.offset, Violation::Below { min }));
         }
         let padded = round_up(section.len, page).unwrap_or(u64::MAX);
-        if section
-            .offset
-            .checked_add(padded)
-            .is_none_or(|end| end > self.image_len)
-        {
+        if section.offset.checked_add(padded).is_none_or(|end| end > self.image_len) {
             let (len, end) = (section.len, self.image_len);
-            return Err(wrong(
-                "offset",
-                section.offset,
-                Violation::PastEnd { len, end },
-            ));
+            return Err(wrong("offset", section.offset, Violation::PastEnd { len, end }));
         }
         if let Some((index, kind)) = self.overlapped(section.offset, section.offset + padded) {
-            return Err(wrong(
-                "offset",
-                section.offset,
-                Violation::OverlapsSection { index, kind },
-            ));
+            return Err(wrong("offset", section.offset, Violation::OverlapsSection { index, kind }));
         }
         let known = !matches!(section.kind, SectionKind::Other(_));
-        if let Some(first) = self
-            .sections()
-            .position(|s| known && s.kind == section.kind)
-        {
-            return Err(ImageError::Duplicate {
-                index,
-                kind: section.kind,
-                first,
-            });
+        if let Some(first) = self.sections().position(|s| known && s.kind == section.kind) {
+            return Err(ImageError::Duplicate { index, kind: section.kind, first });
         }
         // A code in disguise, `Other(1)`, is stored as what it says.
-        self.table[index] = Section {
-            kind: SectionKind::from_code(section.kind.code()),
-            ..section
-        };
+        self.table[index] = Section { kind: SectionKind::from_code(section.kind.code()), ..section };
         self.count += 1;
         Ok(())
     }
@@ -336,13 +279,8 @@ impl Superblock {
     /// # Errors
     /// If neither slot is valid, what is wrong with slot A, or with slot B if A holds no superblock at all.
     pub fn parse(slots: &[u8], store_len: u64) -> Result<Self, ImageError> {
-        let (a, b) = slots
-            .split_at_checked(SUPERBLOCK_SLOT as usize)
-            .unwrap_or((slots, &[]));
-        match (
-            Self::parse_slot(a, store_len),
-            Self::parse_slot(b, store_len),
-        ) {
+        let (a, b) = slots.split_at_checked(SUPERBLOCK_SLOT as usize).unwrap_or((slots, &[]));
+        match (Self::parse_slot(a, store_len), Self::parse_slot(b, store_len)) {
             (Ok(a), Ok(b)) => Ok(if b.generation > a.generation { b } else { a }),
             (Ok(valid), Err(_)) | (Err(_), Ok(valid)) => Ok(valid),
             (Err(ImageError::NotAnImage { .. }), Err(wrong))
@@ -367,19 +305,13 @@ impl Superblock {
         };
         let (header, _) = Header::ref_from_prefix(slot).map_err(|_| short(HEADER))?;
         if header.magic != MAGIC {
-            return Err(ImageError::NotAnImage {
-                found: header.magic,
-            });
+            return Err(ImageError::NotAnImage { found: header.magic });
         }
         let (major, minor) = (header.major.get(), header.minor.get());
         if major != VERSION_MAJOR {
             return Err(ImageError::Version { major, minor });
         }
-        let wrong = |field, value, violation| ImageError::Superblock {
-            field,
-            value,
-            violation,
-        };
+        let wrong = |field, value, violation| ImageError::Superblock { field, value, violation };
 
         let size = header.size.get();
         if u64::from(size) > SUPERBLOCK_SLOT {
@@ -405,23 +337,13 @@ impl Superblock {
         }
         let records = used
             .get(HEADER..HEADER + count * RECORD)
-            .ok_or(wrong(
-                "size",
-                size as u64,
-                Violation::Below {
-                    min: (HEADER + count * RECORD) as u64,
-                },
-            ))?
+            .ok_or(wrong("size", size as u64, Violation::Below { min: (HEADER + count * RECORD) as u64 }))?
             .chunks_exact(RECORD);
         // A later minor version may have given the reserved bytes a meaning that can be ignored.
         let strict = !newer(minor);
         if strict {
             if let Some(&byte) = header.reserved.iter().find(|&&byte| byte != 0) {
-                return Err(wrong(
-                    "reserved",
-                    byte.into(),
-                    Violation::Not { expected: 0 },
-                ));
+                return Err(wrong("reserved", byte.into(), Violation::Not { expected: 0 }));
             }
             let expected = (HEADER + count * RECORD) as u64;
             if size as u64 != expected {
@@ -430,19 +352,10 @@ impl Superblock {
         }
 
         let image_len = header.image_len.get();
-        let mut superblock = Self::new(
-            header.page.get(),
-            header.generation.get(),
-            header.id,
-            image_len,
-        )?;
+        let mut superblock = Self::new(header.page.get(), header.generation.get(), header.id, image_len)?;
         superblock.minor = minor;
         if image_len > store_len {
-            return Err(ImageError::TooShort {
-                what: "store",
-                len: store_len,
-                expected: image_len,
-            });
+            return Err(ImageError::TooShort { what: "store", len: store_len, expected: image_len });
         }
         for (index, bytes) in records.enumerate() {
             let Ok(record) = Record::ref_from_bytes(bytes) else {
@@ -453,12 +366,7 @@ impl Superblock {
         Ok(superblock)
     }
 
-    fn push_record(
-        &mut self,
-        index: usize,
-        record: &Record,
-        strict: bool,
-    ) -> Result<(), ImageError> {
+    fn push_record(&mut self, index: usize, record: &Record, strict: bool) -> Result<(), ImageError> {
         let kind = SectionKind::from_code(record.kind.get());
         if matches!(kind, SectionKind::Other(_)) && record.flags.get() & MUST_UNDERSTAND != 0 {
             let code = kind.code();
@@ -476,12 +384,7 @@ impl Superblock {
                 });
             }
         }
-        self.push_section(Section {
-            kind,
-            offset: record.offset.get(),
-            len: record.len.get(),
-            crc: record.crc.get(),
-        })
+        self.push_section(Section { kind, offset: record.offset.get(), len: record.len.get(), crc: record.crc.get() })
     }
 
     /// Serialises into a slot, with its checksum; the rest of the slot is zero.
@@ -503,10 +406,7 @@ impl Superblock {
             reserved: [0; 6],
         };
         out[..HEADER].copy_from_slice(header.as_bytes());
-        for (bytes, section) in out[HEADER..size]
-            .chunks_exact_mut(RECORD)
-            .zip(self.sections())
-        {
+        for (bytes, section) in out[HEADER..size].chunks_exact_mut(RECORD).zip(self.sections()) {
             let record = Record {
                 kind: section.kind.code().into(),
                 flags: section.kind.flags().into(),
