@@ -4,4 +4,4 @@ mod parse;
 pub mod record;
 pub mod unit;
 
-
+pub use parse::{LayerShape, MAX_LAYERS, MAX_TOP_K, MAX_UNITS, Model, ModelError, Place, TensorRef};

@@ -1,0 +1,392 @@
+//! What the engine computes at each step: the decoder's operators over a batch of tokens.
+
+use forebay_kernels::activations::{Acts, Input, quantise};
+use forebay_kernels::attention::{attention, kv_store};
+use forebay_kernels::exec::Exec;
+use forebay_kernels::matmul::{matmul, row_to_f32};
+use forebay_kernels::ops;
+use forebay_kernels::weights::{MatrixRef, MatrixShape};
+use zerocopy::FromBytes;
+
+use super::routing::choose;
+use super::{Choice, Engine, EngineError, LayerState, UnitNeed};
+use crate::model::Model;
+use crate::model::record::{NO_LAYER, Operator, Role, Router};
+use crate::plan::kv_shape;
+use crate::pool::Residency;
+
+const MISSING: EngineError = EngineError::LogicBug("a tensor that was validated is missing");
+
+/// The resident tensors of a layer, or of the model.
+#[derive(Clone, Copy)]
+struct Tensors<'a> {
+    model: Model<'a>,
+    layer: u16,
+    bytes: &'a [u8],
+}
+
+impl<'a> Tensors<'a> {
+    fn bytes(&self, role: Role) -> Option<(MatrixShape, &'a [u8])> {
+        let t = self.model.tensor(self.layer, role)?;
+        let start = usize::try_from(t.offset).ok()?;
+        let bytes = self.bytes.get(start..)?.get(..usize::try_from(t.len).ok()?)?;
+        Some((t.shape, bytes))
+    }
+
+    fn matrix(&self, role: Role) -> Result<MatrixRef<'a>, EngineError> {
+        let (shape, bytes) = self.bytes(role).ok_or(MISSING)?;
+        MatrixRef::from_contiguous(shape, bytes).ok_or(MISSING)
+    }
+
+    /// A tensor of plain f32; `None` if the model has none of this role.
+    fn optional(&self, role: Role) -> Option<&'a [f32]> {
+        let (shape, bytes) = self.bytes(role)?;
+        let len = shape.rows as usize * shape.cols as usize;
+        <[f32]>::ref_from_bytes(bytes.get(..len * size_of::<f32>())?).ok()
+    }
+
+    fn vector(&self, role: Role) -> Result<&'a [f32], EngineError> {
+        self.optional(role).ok_or(MISSING)
+    }
+}
+
+/// Products of the same input with several matrices; the input is quantised once for each way they want it.
+fn project(
+    exec: &Exec<'_>,
+    x: &[f32],
+    tokens: usize,
+    scratch: &mut [u8],
+    products: &mut [(MatrixRef<'_>, &mut [f32])],
+) {
+    let mut acts: Option<Acts<'_>> = None;
+    for (matrix, out) in products {
+        let shape = matrix.shape();
+        let input = match (shape.act_spec(), acts) {
+            (None, _) => Input::F32(x),
+            (Some(spec), Some(ready)) if ready.spec() == spec => Input::Quant(ready),
+            (Some(spec), _) => {
+                let ready = quantise(exec, spec, x, tokens, shape.cols as usize, &mut *scratch);
+                acts = Some(ready);
+                Input::Quant(ready)
+            }
+        };
+        matmul(exec, matrix, input, tokens, out);
+    }
+}
+
+/// Adds a bias to every row of `x`.
+fn add_bias(x: &mut [f32], bias: Option<&[f32]>) {
+    if let Some(bias) = bias {
+        x.chunks_exact_mut(bias.len()).for_each(|row| ops::add(row, bias));
+    }
+}
+
+/// Adds a sub-layer's output to the residual stream.
+fn add_residual(residual: &mut [f32], output: &[f32], scale: f32) {
+    match scale {
+        1.0 => ops::add(residual, output),
+        _ => ops::add_scaled(residual, output, scale),
+    }
+}
+
+impl<'a> Engine<'a> {
+    fn global_tensors(&self) -> Result<Tensors<'a>, EngineError> {
+        let bytes = self.global.ready().ok_or(MISSING)?;
+        Ok(Tensors { model: self.model, layer: NO_LAYER, bytes })
+    }
+
+    fn layer_tensors(&self, layer: usize) -> Result<Tensors<'a>, EngineError> {
+        let bytes = self.layer(layer)?.group.ready().ok_or(MISSING)?;
+        Ok(Tensors { model: self.model, layer: layer as u16, bytes })
+    }
+
+    /// Embedding rows into the residual stream, and the batch's rotations.
+    pub(super) fn embed(&mut self) -> Result<(), EngineError> {
+        let tensors = self.global_tensors()?;
+        let table = tensors.matrix(Role::Embedding)?;
+        let hidden = self.model.hidden();
+        let scale = self.model.record().embedding_scale.get();
+        let rows = self.buffers.residual.chunks_exact_mut(hidden);
+        for (row, &token) in rows.zip(&self.buffers.tokens[..self.count]) {
+            row_to_f32(&table, token as usize, row);
+            if scale != 1.0 {
+                ops::scale(row, scale);
+            }
+        }
+        Ok(())
+    }
+
+    /// The rotations of the batch's positions, computed anew only where a layer scales them differently.
+    fn rotations(&mut self, mscale: f32) -> Result<usize, EngineError> {
+        let frequencies = self.global_tensors()?.vector(Role::RopeInvFreq)?;
+        let half = frequencies.len();
+        if self.rotated == Some(mscale) {
+            return Ok(half);
+        }
+        self.rotated = Some(mscale);
+        let rows = self.buffers.cos.chunks_exact_mut(half).zip(self.buffers.sin.chunks_exact_mut(half));
+        for (t, (cos, sin)) in rows.enumerate().take(self.count) {
+            ops::rope_tables((self.position + t) as u32, frequencies, mscale, cos, sin);
+        }
+        Ok(half)
+    }
+
+    /// Norm, then attention or short convolution, added to the residual stream; then the feed-forward's norm.
+    pub(super) fn operator(&mut self, exec: &Exec<'_>, index: usize) -> Result<(), EngineError> {
+        let tensors = self.layer_tensors(index)?;
+        self.norm(tensors.vector(Role::OperatorNorm)?);
+        match self.layer(index)?.shape.operator {
+            Operator::Attention => self.attention(exec, index, tensors)?,
+            Operator::ShortConv => self.short_conv(exec, index, tensors)?,
+        }
+        let len = self.count * self.model.hidden();
+        let scale = self.model.record().residual_scale.get();
+        add_residual(&mut self.buffers.residual[..len], &self.buffers.output[..len], scale);
+        self.norm(tensors.vector(Role::FfnNorm)?);
+        Ok(())
+    }
+
+    /// RMSNorm of the batch's residual rows.
+    fn norm(&mut self, weight: &[f32]) {
+        let (hidden, eps) = (self.model.hidden(), self.model.record().norm_eps.get());
+        let rows = self.buffers.residual.chunks_exact(hidden).zip(self.buffers.normed.chunks_exact_mut(hidden));
+        for (x, out) in rows.take(self.count) {
+            ops::rms_norm(x, weight, eps, out);
+        }
+    }
+
+    fn attention(&mut self, exec: &Exec<'_>, index: usize, tensors: Tensors<'a>) -> Result<(), EngineError> {
+        let shape = self.layer(index)?.shape;
+        let half = if shape.rope { self.rotations(shape.rope_mscale)? } else { 0 };
+        let (n, eps) = (self.count, self.model.record().norm_eps.get());
+        let (position, format) = (self.position, self.plan.limits.kv);
+        let cache = kv_shape(&shape, self.plan.limits.context);
+        let (q_len, kv_len) = (n * shape.heads * shape.head_dim, n * shape.kv_heads * shape.head_dim);
+        let b = &mut self.buffers;
+        let (q, rest) = b.operator.split_at_mut(q_len);
+        let (k, rest) = rest.split_at_mut(kv_len);
+        let v = &mut rest[..kv_len];
+        let input = &b.normed[..n * self.model.hidden()];
+        project(
+            exec,
+            input,
+            n,
+            b.acts,
+            &mut [
+                (tensors.matrix(Role::Query)?, q),
+                (tensors.matrix(Role::Key)?, k),
+                (tensors.matrix(Role::Value)?, v),
+            ],
+        );
+        add_bias(q, tensors.optional(Role::QueryBias));
+        add_bias(k, tensors.optional(Role::KeyBias));
+        add_bias(v, tensors.optional(Role::ValueBias));
+        // The norm's output goes to `mixed`, which attention fills only later.
+        for (x, weight) in [(&mut *q, Role::QueryNorm), (&mut *k, Role::KeyNorm)] {
+            if let Some(weight) = tensors.optional(weight) {
+                for head in x.chunks_exact_mut(shape.head_dim) {
+                    let normed = &mut b.mixed[..shape.head_dim];
+                    ops::rms_norm(head, weight, eps, normed);
+                    head.copy_from_slice(normed);
+                }
+            }
+        }
+        for t in 0..n {
+            let row = t * half..(t + 1) * half;
+            for (x, heads) in [(&mut *q, shape.heads), (&mut *k, shape.kv_heads)] {
+                let token = &mut x[t * heads * shape.head_dim..][..heads * shape.head_dim];
+                if shape.rope {
+                    let heads = token.chunks_exact_mut(shape.head_dim);
+                    heads.for_each(|head| ops::rope(head, &b.cos[row.clone()], &b.sin[row.clone()]));
+                }
+            }
+        }
+        let layer = self.layers[index].as_mut().ok_or(MISSING)?;
+        let width = shape.kv_heads * shape.head_dim;
+        for t in 0..n {
+            kv_store(format, &cache, layer.keys, position + t, &k[t * width..][..width]);
+            kv_store(format, &cache, layer.values, position + t, &v[t * width..][..width]);
+        }
+        let mixed = &mut b.mixed[..q_len];
+        attention(
+            exec,
+            format,
+            &cache,
+            layer.keys,
+            layer.values,
+            q,
+            shape.heads,
+            n,
+            position,
+            shape.window,
+            shape.attention_scale,
+            b.attention,
+            mixed,
+        );
+        let out = &mut b.output[..n * self.model.hidden()];
+        project(exec, mixed, n, b.acts, &mut [(tensors.matrix(Role::AttentionOut)?, out)]);
+        add_bias(out, tensors.optional(Role::AttentionOutBias));
+        Ok(())
+    }
+
+    /// LFM2's gated short convolution (`Lfm2ShortConv`): `out_proj(C * conv(B * x))`.
+    fn short_conv(&mut self, exec: &Exec<'_>, index: usize, tensors: Tensors<'a>) -> Result<(), EngineError> {
+        let (n, hidden) = (self.count, self.model.hidden());
+        let taps = self.layer(index)?.shape.taps;
+        let b = &mut self.buffers;
+        let bcx = &mut b.operator[..n * 3 * hidden];
+        project(exec, &b.normed[..n * hidden], n, b.acts, &mut [(tensors.matrix(Role::ConvIn)?, &mut *bcx)]);
+        add_bias(bcx, tensors.optional(Role::ConvInBias));
+        let layer = self.layers[index].as_mut().ok_or(MISSING)?;
+        let (weight, bias) = (tensors.vector(Role::ConvTaps)?, tensors.optional(Role::ConvTapsBias));
+        let mixed = &mut b.mixed[..n * hidden];
+        ops::short_conv(bcx, weight, bias, layer.conv, n, hidden, taps, mixed);
+        let out = &mut b.output[..n * hidden];
+        project(exec, mixed, n, b.acts, &mut [(tensors.matrix(Role::ConvOut)?, &mut *out)]);
+        add_bias(out, tensors.optional(Role::ConvOutBias));
+        Ok(())
+    }
+
+    /// Chooses each token's units and lists what the layer needs, in the order in which it lies in the image.
+    pub(super) fn route(&mut self, exec: &Exec<'_>, index: usize) -> Result<(), EngineError> {
+        let shape = self.layer(index)?.shape;
+        let n = self.count;
+        let hidden = self.model.hidden();
+        let b = &mut self.buffers;
+        self.need_count = 0;
+        if shape.router == Router::All {
+            b.output[..n * hidden].fill(0.0);
+            for unit in 0..shape.units {
+                b.needs[unit] = UnitNeed { unit: unit as u16, done: false };
+            }
+            self.need_count = shape.units;
+        } else {
+            let tensors = Tensors {
+                model: self.model,
+                layer: index as u16,
+                bytes: self.layers[index].as_ref().and_then(|l| l.group.ready()).ok_or(MISSING)?,
+            };
+            let gate = tensors.matrix(Role::RouterGate)?;
+            let bias = tensors.optional(Role::RouterBias);
+            let scores = &mut b.scores[..n * shape.units];
+            project(exec, &b.normed[..n * hidden], n, b.acts, &mut [(gate, &mut *scores)]);
+            let choices = &mut b.choices[..n * shape.top_k];
+            for (scores, choices) in scores.chunks_exact_mut(shape.units).zip(choices.chunks_exact_mut(shape.top_k)) {
+                choose(&shape, scores, bias, choices);
+            }
+            for unit in 0..shape.units as u16 {
+                if choices.iter().any(|c| c.unit == unit) {
+                    b.needs[self.need_count] = UnitNeed { unit, done: false };
+                    self.need_count += 1;
+                }
+            }
+        }
+        let base = self.layer(index)?.unit_base;
+        for need in &self.buffers.needs[..self.need_count] {
+            match self.pool.residency(base + u32::from(need.unit)) {
+                Residency::Absent => self.stats.misses += 1,
+                _ => self.stats.hits += 1,
+            }
+        }
+        Ok(())
+    }
+
+    /// Computes one resident unit for the tokens that use it.
+    pub(super) fn unit(&mut self, exec: &Exec<'_>, index: usize, need: usize) -> Result<(), EngineError> {
+        let tensors = self.layer_tensors(index)?;
+        let (shape, id, unit) = {
+            let layer: &LayerState<'_> = self.layer(index)?;
+            let unit = self.buffers.needs[need].unit;
+            (layer.shape, layer.unit_base + u32::from(unit), unit)
+        };
+        self.pool.touch(id);
+        let bytes = self.pool.get(id).ok_or(EngineError::LogicBug("a unit that is not resident"))?;
+        let view = shape.unit.view(shape.unit.levels(), self.model.page(), bytes);
+        let view = view.ok_or(EngineError::LogicBug("a unit shorter than its shape"))?;
+        let (n, hidden, width) = (self.count, self.model.hidden(), shape.unit_width);
+        let b = &mut self.buffers;
+        let chosen = &b.choices[..if shape.router == Router::All { 0 } else { n * shape.top_k }];
+        // Which (token, rank) pairs use the unit; a dense layer's units are used by every token.
+        let uses = |at: usize| chosen[at].unit == unit;
+        let tokens = match shape.router {
+            Router::All => n,
+            _ => (0..chosen.len()).filter(|at| uses(*at)).count(),
+        };
+        // One buffer holds the gathered inputs and, once they are quantised or used, the unit's outputs.
+        let input: &[f32] = if tokens == n {
+            &b.normed[..n * hidden]
+        } else {
+            let users = (0..chosen.len()).filter(|at| uses(*at)).map(|at| at / shape.top_k);
+            for (slot, token) in users.enumerate() {
+                b.gathered[slot * hidden..][..hidden].copy_from_slice(&b.normed[token * hidden..][..hidden]);
+            }
+            &b.gathered[..tokens * hidden]
+        };
+        let (gate, up) = (&mut b.gate[..tokens * width], &mut b.up[..tokens * width]);
+        project(exec, input, tokens, b.acts, &mut [(view.gate, &mut *gate), (view.up, &mut *up)]);
+        let neurons = usize::from(unit) * width..(usize::from(unit) + 1) * width;
+        add_bias(gate, tensors.optional(Role::GateBias).map(|bias| &bias[neurons.clone()]));
+        add_bias(up, tensors.optional(Role::UpBias).map(|bias| &bias[neurons]));
+        ops::silu_mul(gate, up);
+        let out = &mut b.gathered[..tokens * hidden];
+        project(exec, gate, tokens, b.unit_acts, &mut [(view.down, &mut *out)]);
+        match shape.router {
+            Router::All => ops::add(&mut b.output[..n * hidden], out),
+            _ => {
+                let slots = (0..chosen.len()).filter(|at| uses(*at));
+                for (at, row) in slots.zip(out.chunks_exact(hidden)) {
+                    b.partial[at * hidden..][..hidden].copy_from_slice(row);
+                }
+            }
+        }
+        b.needs[need].done = true;
+        Ok(())
+    }
+
+    /// Adds the units' outputs, in rank order whatever order they were computed in, to the residual stream.
+    pub(super) fn finish_units(&mut self, index: usize) -> Result<(), EngineError> {
+        let tensors = self.layer_tensors(index)?;
+        let shape = self.layer(index)?.shape;
+        let (n, hidden) = (self.count, self.model.hidden());
+        let b = &mut self.buffers;
+        let output = &mut b.output[..n * hidden];
+        if shape.router != Router::All {
+            output.fill(0.0);
+            for (t, row) in output.chunks_exact_mut(hidden).enumerate() {
+                let choices: &[Choice] = &b.choices[t * shape.top_k..][..shape.top_k];
+                for (rank, choice) in choices.iter().enumerate() {
+                    let part = &b.partial[(t * shape.top_k + rank) * hidden..][..hidden];
+                    ops::add_scaled(row, part, choice.weight);
+                }
+            }
+        }
+        add_bias(output, tensors.optional(Role::DownBias));
+        let scale = self.model.record().residual_scale.get();
+        add_residual(&mut b.residual[..n * hidden], output, scale);
+        Ok(())
+    }
+
+    /// Final norm and output head for `rows` tokens of the batch from `row` on.
+    pub(super) fn head(&mut self, exec: &Exec<'_>, row: usize, rows: usize) -> Result<(), EngineError> {
+        let tensors = self.global_tensors()?;
+        let weight = tensors.vector(Role::FinalNorm)?;
+        let head = tensors.matrix(Role::OutputHead).or_else(|_| tensors.matrix(Role::Embedding))?;
+        let record = self.model.record();
+        let (hidden, vocab, eps) = (self.model.hidden(), self.model.vocab(), record.norm_eps.get());
+        let b = &mut self.buffers;
+        let from = b.residual[row * hidden..][..rows * hidden].chunks_exact(hidden);
+        for (x, out) in from.zip(b.normed.chunks_exact_mut(hidden)) {
+            ops::rms_norm(x, weight, eps, out);
+        }
+        let logits = &mut b.logits[..rows * vocab];
+        project(exec, &b.normed[..rows * hidden], rows, b.acts, &mut [(head, &mut *logits)]);
+        if record.logit_scale.get() != 1.0 {
+            ops::scale(logits, record.logit_scale.get());
+        }
+        let bad = logits.chunks_exact(vocab).position(ops::has_non_finite);
+        match bad {
+            Some(bad) => Err(EngineError::NonFinite { position: self.position + row + bad }),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,766 @@
+//! The engine: a step machine over one arena that says what it wants read and computes on what it has.
+//!
+//! It never blocks, reads no clock and knows no device. [`Engine::step`] returns a read to start, or that it has
+//! computed a piece, or that it waits, or logits; [`Engine::complete`] gives a read's buffer back. A buffer in
+//! flight belongs to its read, so devices fill it while `step` goes on with what is resident.
+
+mod compute;
+mod routing;
+
+use forebay_kernels::exec::Exec;
+use forebay_storage::image::ExtentRecord;
+use forebay_storage::store::{Completion, ReadError, ReadRequest};
+use heapless::LinearMap;
+
+use crate::arena::{Arena, OutOfArena, PAGE};
+use crate::model::record::{NO_LAYER, Operator, Router};
+use crate::model::{LayerShape, Model};
+use crate::open::Image;
+use crate::plan::{Plan, kv_shape};
+use crate::pool::{Pool, Residency, Slot};
+
+/// How often a read is tried before its failure ends the run.
+pub const READ_ATTEMPTS: u8 = 3;
+/// Most reads that can have failed and be under way again at once.
+const MAX_RETRYING: usize = 64;
+/// Marks the id of a read of resident tensors; the other bits are the layer.
+const GROUP_READ: u32 = 1 << 31;
+
+/// What was being read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ReadTarget {
+    /// The resident tensors of a layer, or of the model ([`NO_LAYER`]).
+    Group {
+        /// The layer.
+        layer: u16,
+    },
+    /// A unit of a layer.
+    Unit {
+        /// The layer.
+        layer: u16,
+        /// Expert or neuron cluster.
+        unit: u16,
+    },
+}
+
+impl core::fmt::Display for ReadTarget {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Group { layer: NO_LAYER } => f.write_str("the model's resident tensors"),
+            Self::Group { layer } => write!(f, "the resident tensors of layer {layer}"),
+            Self::Unit { layer, unit } => write!(f, "unit {unit} of layer {layer}"),
+        }
+    }
+}
+
+/// Why a read was not good, without the device's own words.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReadFault {
+    /// The device reported an error.
+    #[error("the device reported an error")]
+    Device,
+    /// The request did not suit the device.
+    #[error("the device refused the request as out of bounds or misaligned")]
+    Refused,
+    /// Too few bytes arrived.
+    #[error("too few bytes arrived")]
+    Short,
+    /// The device stopped answering.
+    #[error("the device stopped answering")]
+    Gone,
+    /// The bytes do not have their checksum.
+    #[error("checksum mismatch")]
+    Checksum,
+}
+
+/// Why the engine stops.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// The arena is smaller than its plan.
+    #[error("{0}")]
+    Arena(#[from] OutOfArena),
+    /// A read failed [`READ_ATTEMPTS`] times.
+    #[error("reading {target} (image offset {offset}, {len} bytes) failed {READ_ATTEMPTS} times: {fault}")]
+    Read {
+        /// What was read.
+        target: ReadTarget,
+        /// Where.
+        offset: u64,
+        /// How much.
+        len: u64,
+        /// The last failure.
+        fault: ReadFault,
+    },
+    /// A token is not in the vocabulary.
+    #[error("token {token} is outside of the vocabulary of {vocab}")]
+    Token {
+        /// The token.
+        token: u32,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// The sequence would be longer than the context.
+    #[error("the context of {context} tokens is full: {used} used, {more} more asked for")]
+    ContextFull {
+        /// Tokens the plan allows.
+        context: usize,
+        /// Tokens used.
+        used: usize,
+        /// Tokens given.
+        more: usize,
+    },
+    /// More tokens were given than the plan's batch, or none.
+    #[error("{count} tokens were given at once; the plan takes 1 to {batch}")]
+    Batch {
+        /// Tokens given.
+        count: usize,
+        /// The plan's batch.
+        batch: usize,
+    },
+    /// Tokens were given while others were being computed.
+    #[error("tokens were given before the former ones were finished")]
+    Busy,
+    /// The logits of a position are not numbers: the weights are damaged or overflow.
+    #[error("the logits at position {position} are not finite: a weight is NaN or too large")]
+    NonFinite {
+        /// The position.
+        position: usize,
+    },
+    /// The store returned a buffer of a read that the engine did not ask for.
+    #[error("the store completed a read that was not asked for (id {id:#x})")]
+    UnknownRead {
+        /// The completion's id.
+        id: u32,
+    },
+    /// The engine contradicts itself: a bug.
+    #[error("internal error: {0}; please report it")]
+    LogicBug(&'static str),
+}
+
+/// Which positions' logits are wanted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Output {
+    /// None: the tokens only fill the state.
+    None,
+    /// The last token's.
+    Last,
+    /// Every token's.
+    All,
+}
+
+/// What [`Engine::step`] did or wants.
+#[derive(Debug)]
+pub enum Step<'a> {
+    /// Start this read; give its completion to [`Engine::complete`].
+    Read(ReadRequest<'a>),
+    /// A piece of the work is done.
+    Computed,
+    /// The layer's experts were chosen; [`Engine::choices`] has them until the layer is finished.
+    Routed {
+        /// The layer.
+        layer: usize,
+    },
+    /// Nothing can be computed until a read completes.
+    Wait,
+    /// [`Engine::logits`] has `rows` rows, the first for `position`.
+    Logits {
+        /// Position of the first row.
+        position: usize,
+        /// Number of rows.
+        rows: usize,
+    },
+    /// All tokens given are finished.
+    Idle,
+}
+
+/// A unit chosen for a token.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct Choice {
+    /// The unit.
+    pub unit: u16,
+    /// Factor on its output.
+    pub weight: f32,
+}
+
+/// A unit that the present layer needs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct UnitNeed {
+    unit: u16,
+    done: bool,
+}
+
+/// Resident tensors of a layer, or of the model.
+#[derive(Debug)]
+enum Group<'a> {
+    Waiting(&'a mut [u8]),
+    Reading,
+    Ready(&'a [u8]),
+}
+
+/// A layer's description, resident tensors and state.
+#[derive(Debug)]
+pub(crate) struct LayerState<'a> {
+    shape: LayerShape,
+    group: Group<'a>,
+    /// Number of the layer's first unit, counted over all layers.
+    unit_base: u32,
+    keys: &'a mut [u8],
+    values: &'a mut [u8],
+    conv: &'a mut [f32],
+}
+
+/// Where the engine is in its work.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Idle,
+    Embed,
+    Operator(usize),
+    Route(usize),
+    Units(usize),
+    Head(usize),
+}
+
+/// What was read and used since the engine was made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Stats {
+    /// Uses of units that were in the pool, or on their way to it, when their layer came to need them.
+    pub hits: u64,
+    /// Uses of units that had to be read when their layer came to need them.
+    pub misses: u64,
+    /// Units read before they were needed.
+    pub prefetched: u64,
+    /// Bytes of units read.
+    pub unit_bytes: u64,
+    /// Bytes of resident tensors read.
+    pub resident_bytes: u64,
+    /// Reads that failed or had a wrong checksum, and were tried again.
+    pub retries: u64,
+    /// Tokens computed.
+    pub tokens: u64,
+}
+
+/// Buffers of the decoder's pass; see `Working` in the plan for their sizes.
+#[derive(Debug)]
+struct Buffers<'a> {
+    residual: &'a mut [f32],
+    normed: &'a mut [f32],
+    operator: &'a mut [f32],
+    mixed: &'a mut [f32],
+    output: &'a mut [f32],
+    gate: &'a mut [f32],
+    up: &'a mut [f32],
+    gathered: &'a mut [f32],
+    partial: &'a mut [f32],
+    scores: &'a mut [f32],
+    cos: &'a mut [f32],
+    sin: &'a mut [f32],
+    attention: &'a mut [f32],
+    logits: &'a mut [f32],
+    acts: &'a mut [u8],
+    unit_acts: &'a mut [u8],
+    choices: &'a mut [Choice],
+    needs: &'a mut [UnitNeed],
+    tokens: &'a mut [u32],
+}
+
+/// A model being run. One sequence at a time.
+#[derive(Debug)]
+pub struct Engine<'a> {
+    model: Model<'a>,
+    plan: Plan,
+    layers: &'a mut [Option<LayerState<'a>>],
+    global: Group<'a>,
+    pool: Pool<'a>,
+    buffers: Buffers<'a>,
+    phase: Phase,
+    output: Output,
+    /// Tokens before the present batch.
+    position: usize,
+    /// Tokens of the present batch.
+    count: usize,
+    /// The factor that the batch's rotations were computed with.
+    rotated: Option<f32>,
+    /// Needs of the present layer.
+    need_count: usize,
+    /// Reads under way.
+    in_flight: usize,
+    queue_depth: usize,
+    retrying: LinearMap<u32, u8, MAX_RETRYING>,
+    stats: Stats,
+}
+
+/// Cuts the first `len` bytes, rounded up to a page, off `pages`; the result has `len` bytes.
+fn cut<'a>(pages: &mut &'a mut [u8], len: usize) -> &'a mut [u8] {
+    let all = core::mem::take(pages);
+    let (piece, rest) = all.split_at_mut(len.next_multiple_of(PAGE).min(all.len()));
+    *pages = rest;
+    let len = len.min(piece.len());
+    &mut piece[..len]
+}
+
+impl<'a> Group<'a> {
+    fn new(buf: &'a mut [u8]) -> Self {
+        if buf.is_empty() { Self::Ready(&[]) } else { Self::Waiting(buf) }
+    }
+
+    fn ready(&self) -> Option<&'a [u8]> {
+        match self {
+            Self::Ready(bytes) => Some(bytes),
+            _ => None,
+        }
+    }
+}
+
+impl<'a> Engine<'a> {
+    /// Splits the arena by the plan. `queue_depth` is the number of reads that may be under way at once (at
+    /// least 1 is taken). Reads nothing yet.
+    pub fn new(image: &Image<'a>, plan: Plan, arena: &Arena<'a>, queue_depth: usize) -> Result<Self, EngineError> {
+        let model = *image.model();
+        // Everything that devices fill comes first, in one piece: then no byte is lost to alignment.
+        let mut pages = arena.pages((plan.resident + plan.pool) as usize)?;
+        let global = Group::new(cut(&mut pages, model.group(NO_LAYER).1 as usize));
+        let mut failed = None;
+        let (mut index, mut unit_base) = (0, 0);
+        let layers = arena.table(model.layer_count(), || {
+            let layer = LayerState::new(&model, &plan, arena, &mut pages, index, unit_base);
+            index += 1;
+            layer.inspect(|l| unit_base += l.shape.units as u32).map_err(|e| failed = Some(e)).ok()
+        })?;
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        let slots = arena.table(plan.slots, || Slot::new(cut(&mut pages, plan.slot_len as usize)))?;
+        let of_unit = arena.table(model.unit_count(), || 0)?;
+        let work = &plan.work;
+        let buffers = Buffers {
+            residual: arena.f32s(work.residual)?,
+            normed: arena.f32s(work.normed)?,
+            operator: arena.f32s(work.operator)?,
+            mixed: arena.f32s(work.mixed)?,
+            output: arena.f32s(work.output)?,
+            gate: arena.f32s(work.gate)?,
+            up: arena.f32s(work.up)?,
+            gathered: arena.f32s(work.gathered)?,
+            partial: arena.f32s(work.partial)?,
+            scores: arena.f32s(work.scores)?,
+            cos: arena.f32s(work.rotation)?,
+            sin: arena.f32s(work.rotation)?,
+            attention: arena.f32s(work.attention)?,
+            logits: arena.f32s(work.logits)?,
+            acts: arena.lines(work.act_bytes)?,
+            unit_acts: arena.lines(work.unit_act_bytes)?,
+            choices: arena.table(work.choices, Choice::default)?,
+            needs: arena.table(work.needs, UnitNeed::default)?,
+            tokens: arena.table(work.tokens, || 0)?,
+        };
+        Ok(Self {
+            model,
+            plan,
+            layers,
+            global,
+            pool: Pool::new(slots, of_unit),
+            buffers,
+            phase: Phase::Idle,
+            output: Output::None,
+            position: 0,
+            count: 0,
+            rotated: None,
+            need_count: 0,
+            in_flight: 0,
+            queue_depth: queue_depth.max(1),
+            retrying: LinearMap::new(),
+            stats: Stats::default(),
+        })
+    }
+
+    /// The plan in force.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+    /// Counts since the engine was made.
+    pub fn stats(&self) -> Stats {
+        self.stats
+    }
+    /// Tokens of the vocabulary.
+    pub fn vocab(&self) -> usize {
+        self.model.vocab()
+    }
+    /// Tokens in the sequence so far.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+    /// Reads that were handed out and have not come back.
+    pub fn reads_in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Starts a new sequence. The pool keeps what it holds.
+    pub fn reset(&mut self) -> Result<(), EngineError> {
+        if self.phase != Phase::Idle {
+            return Err(EngineError::Busy);
+        }
+        self.position = 0;
+        for layer in self.layers.iter_mut().flatten() {
+            layer.conv.fill(0.0);
+        }
+        Ok(())
+    }
+
+    /// Gives the next tokens of the sequence: 1 to [`Plan::batch`]. Then call [`Self::step`] until it is idle.
+    pub fn feed(&mut self, tokens: &[u32], output: Output) -> Result<(), EngineError> {
+        if self.phase != Phase::Idle {
+            return Err(EngineError::Busy);
+        }
+        let count = tokens.len();
+        let buffer = self.buffers.tokens.get_mut(..count).filter(|_| count > 0);
+        let buffer = buffer.ok_or(EngineError::Batch { count, batch: self.plan.batch })?;
+        let vocab = self.model.vocab();
+        if let Some(&token) = tokens.iter().find(|t| **t as usize >= vocab) {
+            return Err(EngineError::Token { token, vocab });
+        }
+        let context = self.plan.limits.context;
+        if self.position + count > context {
+            return Err(EngineError::ContextFull { context, used: self.position, more: count });
+        }
+        buffer.copy_from_slice(tokens);
+        self.count = count;
+        self.rotated = None;
+        self.output = output;
+        self.phase = Phase::Embed;
+        Ok(())
+    }
+
+    /// Hands out a read, or computes one piece. Does not block.
+    pub fn step(&mut self, exec: &Exec<'_>) -> Result<Step<'a>, EngineError> {
+        if let Some(request) = self.next_read() {
+            return Ok(Step::Read(request));
+        }
+        match self.phase {
+            Phase::Idle => Ok(Step::Idle),
+            Phase::Embed => match self.global.ready() {
+                Some(_) => {
+                    self.embed()?;
+                    self.phase = Phase::Operator(0);
+                    Ok(Step::Computed)
+                }
+                None => self.waiting(),
+            },
+            Phase::Operator(layer) => match self.layer(layer)?.group.ready() {
+                Some(_) => {
+                    self.operator(exec, layer)?;
+                    self.phase = Phase::Route(layer);
+                    Ok(Step::Computed)
+                }
+                None => self.waiting(),
+            },
+            Phase::Route(layer) => {
+                self.route(exec, layer)?;
+                self.phase = Phase::Units(layer);
+                Ok(Step::Routed { layer })
+            }
+            Phase::Units(layer) => self.step_units(exec, layer),
+            Phase::Head(row) => self.step_head(exec, row),
+        }
+    }
+
+    /// The routed layer's choices, [tokens][k], each token's in descending order of selection score; empty for
+    /// dense layers.
+    pub fn choices(&self) -> &[Choice] {
+        match self.phase {
+            Phase::Units(layer) => match self.layer(layer) {
+                Ok(state) if state.shape.router != Router::All => {
+                    &self.buffers.choices[..self.count * state.shape.top_k]
+                }
+                _ => &[],
+            },
+            _ => &[],
+        }
+    }
+
+    /// The rows that [`Step::Logits`] announced: [rows][vocab].
+    pub fn logits(&self) -> &[f32] {
+        self.buffers.logits
+    }
+
+    /// The rows that [`Step::Logits`] announced, to be changed in place by a sampler.
+    pub fn logits_mut(&mut self) -> &mut [f32] {
+        self.buffers.logits
+    }
+
+    /// Takes back a read's buffer. A good read of a unit makes it resident once its checksum is right; a bad one
+    /// is tried again, [`READ_ATTEMPTS`] times in all.
+    pub fn complete<E>(&mut self, done: Completion<'a, E>) -> Result<(), EngineError> {
+        let Completion { id, buf, result } = done;
+        let unknown = EngineError::UnknownRead { id };
+        let target = self.target(id).ok_or(unknown)?;
+        let (offset, len) = self.extent_of(target).ok_or(unknown)?;
+        self.in_flight = self.in_flight.checked_sub(1).ok_or(unknown)?;
+        let fault = match result {
+            Ok(()) if self.verify(target, buf) => None,
+            Ok(()) => Some(ReadFault::Checksum),
+            Err(ReadError::Device(_)) => Some(ReadFault::Device),
+            Err(ReadError::Short { .. }) => Some(ReadFault::Short),
+            Err(ReadError::Gone) => Some(ReadFault::Gone),
+            Err(_) => Some(ReadFault::Refused),
+        };
+        let settled = match target {
+            ReadTarget::Group { layer } => {
+                let group = if layer == NO_LAYER { &mut self.global } else { &mut self.layer_mut(layer.into())?.group };
+                let reading = matches!(group, Group::Reading);
+                if reading {
+                    *group = if fault.is_none() { Group::Ready(buf) } else { Group::Waiting(buf) };
+                }
+                reading
+            }
+            ReadTarget::Unit { .. } => self.pool.settle(id, buf, fault.is_none()),
+        };
+        if !settled {
+            return Err(unknown);
+        }
+        match (target, fault) {
+            (ReadTarget::Group { .. }, None) => self.stats.resident_bytes += len,
+            (ReadTarget::Unit { .. }, None) => self.stats.unit_bytes += len,
+            (_, Some(fault)) => {
+                self.stats.retries += 1;
+                let tries = self.retrying.get(&id).copied().unwrap_or(0) + 1;
+                if tries >= READ_ATTEMPTS || self.retrying.insert(id, tries).is_err() {
+                    return Err(EngineError::Read { target, offset, len, fault });
+                }
+                return Ok(());
+            }
+        }
+        self.retrying.remove(&id);
+        Ok(())
+    }
+
+    fn layer(&self, layer: usize) -> Result<&LayerState<'a>, EngineError> {
+        self.layers.get(layer).and_then(Option::as_ref).ok_or(EngineError::LogicBug("a layer that does not exist"))
+    }
+
+    fn layer_mut(&mut self, layer: usize) -> Result<&mut LayerState<'a>, EngineError> {
+        self.layers.get_mut(layer).and_then(Option::as_mut).ok_or(EngineError::LogicBug("a layer that does not exist"))
+    }
+
+    fn waiting(&self) -> Result<Step<'a>, EngineError> {
+        match self.in_flight {
+            0 => Err(EngineError::LogicBug("nothing can be computed and nothing is being read")),
+            _ => Ok(Step::Wait),
+        }
+    }
+
+    /// What the read with this id is of.
+    fn target(&self, id: u32) -> Option<ReadTarget> {
+        if id & GROUP_READ != 0 {
+            let layer = (id & 0xffff) as u16;
+            let exists = layer == NO_LAYER || usize::from(layer) < self.layers.len();
+            return exists.then_some(ReadTarget::Group { layer });
+        }
+        let of = |l: &LayerState<'_>| id.checked_sub(l.unit_base).filter(|u| (*u as usize) < l.shape.units);
+        self.layers.iter().flatten().enumerate().find_map(|(layer, state)| {
+            of(state).map(|unit| ReadTarget::Unit { layer: layer as u16, unit: unit as u16 })
+        })
+    }
+
+    fn unit_record(&self, layer: u16, unit: u16) -> Option<&'a ExtentRecord> {
+        let first = self.layer(layer.into()).ok()?.shape.first_extent;
+        self.model.extents().get(first as usize + usize::from(unit))
+    }
+
+    /// Image offset and length of what a target reads.
+    fn extent_of(&self, target: ReadTarget) -> Option<(u64, u64)> {
+        match target {
+            ReadTarget::Group { layer } => Some(self.model.group(layer)),
+            ReadTarget::Unit { layer, unit } => {
+                let record = self.unit_record(layer, unit)?;
+                Some((record.offset(), record.total_len()))
+            }
+        }
+    }
+
+    /// Whether the bytes read have their checksums.
+    fn verify(&self, target: ReadTarget, buf: &[u8]) -> bool {
+        match target {
+            ReadTarget::Group { layer } => {
+                let (first, count) = self.model.group_extents(layer);
+                let mut rest = buf;
+                (first..first + count).all(|extent| {
+                    let Some(record) = self.model.extents().get(extent as usize) else { return false };
+                    let Some((bytes, after)) = rest.split_at_checked(record.total_len() as usize) else { return false };
+                    rest = after;
+                    record.verify(0, bytes) == Ok(1)
+                })
+            }
+            ReadTarget::Unit { layer, unit } => self.unit_record(layer, unit).is_some_and(|record| {
+                let bytes = buf.get(..record.total_len() as usize);
+                bytes.is_some_and(|bytes| record.verify(0, bytes) == Ok(record.levels()))
+            }),
+        }
+    }
+
+    /// The next read worth starting: what the present layer needs, then resident tensors in the order in which
+    /// layers come, then the units of dense layers that follow.
+    fn next_read(&mut self) -> Option<ReadRequest<'a>> {
+        if self.in_flight >= self.queue_depth {
+            return None;
+        }
+        let request = self.demand_read().or_else(|| self.group_read()).or_else(|| self.ahead_read())?;
+        self.in_flight += 1;
+        Some(request)
+    }
+
+    fn unit_read(&self, layer: usize, unit: u16, buf: &'a mut [u8]) -> Option<ReadRequest<'a>> {
+        let (offset, len) = self.extent_of(ReadTarget::Unit { layer: layer as u16, unit })?;
+        let id = self.layer(layer).ok()?.unit_base + u32::from(unit);
+        Some(ReadRequest { id, offset, buf, start: 0, len: len as usize })
+    }
+
+    fn demand_read(&mut self) -> Option<ReadRequest<'a>> {
+        let Phase::Units(layer) = self.phase else { return None };
+        let base = self.layer(layer).ok()?.unit_base;
+        let needs = &self.buffers.needs[..self.need_count];
+        let missing =
+            |need: &&UnitNeed| !need.done && self.pool.residency(base + u32::from(need.unit)) == Residency::Absent;
+        let unit = needs.iter().find(missing)?.unit;
+        let needed = |id: u32| {
+            let unit = id.checked_sub(base);
+            unit.is_some_and(|unit| needs.iter().any(|n| !n.done && u32::from(n.unit) == unit))
+        };
+        let id = base + u32::from(unit);
+        let mut buf = self.pool.claim(id, needed);
+        if buf.is_none() && self.in_flight == 0 && self.computable(layer).is_none() {
+            // Every slot holds a unit that is needed later in this layer: the last of them gives way.
+            let last = needs
+                .iter()
+                .rev()
+                .find(|n| !n.done && self.pool.residency(base + u32::from(n.unit)) == Residency::Resident)?;
+            let last = base + u32::from(last.unit);
+            buf = self.pool.claim(id, |other| other != last);
+        }
+        let request = self.unit_read(layer, unit, buf?);
+        request
+    }
+
+    fn group_read(&mut self) -> Option<ReadRequest<'a>> {
+        let groups = self.layers.iter_mut().flatten().map(|l| &mut l.group).enumerate();
+        let groups = core::iter::once((usize::from(NO_LAYER), &mut self.global)).chain(groups);
+        for (layer, group) in groups {
+            if matches!(group, Group::Waiting(_))
+                && let Group::Waiting(buf) = core::mem::replace(group, Group::Reading)
+            {
+                let (offset, len) = self.model.group(layer as u16);
+                return Some(ReadRequest { id: GROUP_READ | layer as u32, offset, buf, start: 0, len: len as usize });
+            }
+        }
+        None
+    }
+
+    /// Units of the following dense layers: which ones are needed next is certain, so they are read while the
+    /// layers before them compute, as long as that displaces nothing that is needed sooner.
+    fn ahead_read(&mut self) -> Option<ReadRequest<'a>> {
+        let (layer, own) = match self.phase {
+            Phase::Operator(layer) | Phase::Route(layer) => (layer, true),
+            Phase::Units(layer) => (layer, false),
+            Phase::Idle | Phase::Embed | Phase::Head(_) => (0, true),
+        };
+        if self.phase == Phase::Idle && self.count == 0 {
+            return None;
+        }
+        let ahead = if own { layer } else { (layer + 1) % self.layers.len() };
+        let state = self.layer(ahead).ok()?;
+        if state.shape.router != Router::All {
+            return None;
+        }
+        let (base, units) = (state.unit_base, state.shape.units as u32);
+        let unit = (0..units).find(|u| self.pool.residency(base + u) == Residency::Absent)?;
+        let present = if own { None } else { Some(self.layer(layer).ok()?.unit_base) };
+        let needs = &self.buffers.needs[..self.need_count];
+        let keep = |id: u32| {
+            let needed = |base: u32| {
+                id.checked_sub(base).is_some_and(|u| needs.iter().any(|n| !n.done && u32::from(n.unit) == u))
+            };
+            (base..base + units).contains(&id) || present.is_some_and(needed)
+        };
+        let buf = self.pool.claim(base + unit, keep)?;
+        self.stats.prefetched += 1;
+        self.unit_read(ahead, unit as u16, buf)
+    }
+
+    /// A unit of the layer that can be computed now: for dense layers only the next in order.
+    fn computable(&self, layer: usize) -> Option<usize> {
+        let state = self.layer(layer).ok()?;
+        let ready =
+            |n: &UnitNeed| !n.done && self.pool.residency(state.unit_base + u32::from(n.unit)) == Residency::Resident;
+        let needs = &self.buffers.needs[..self.need_count];
+        match state.shape.router {
+            Router::All => {
+                let next = needs.iter().position(|n| !n.done)?;
+                ready(&needs[next]).then_some(next)
+            }
+            _ => needs.iter().position(ready),
+        }
+    }
+
+    fn step_units(&mut self, exec: &Exec<'_>, layer: usize) -> Result<Step<'a>, EngineError> {
+        if let Some(need) = self.computable(layer) {
+            self.unit(exec, layer, need)?;
+            return Ok(Step::Computed);
+        }
+        if self.buffers.needs[..self.need_count].iter().any(|n| !n.done) {
+            return self.waiting();
+        }
+        self.finish_units(layer)?;
+        let last = layer + 1 == self.layers.len();
+        self.phase = match (last, self.output) {
+            (false, _) => Phase::Operator(layer + 1),
+            (true, Output::None) => self.finish(),
+            (true, Output::Last) => Phase::Head(self.count - 1),
+            (true, Output::All) => Phase::Head(0),
+        };
+        Ok(Step::Computed)
+    }
+
+    fn step_head(&mut self, exec: &Exec<'_>, row: usize) -> Result<Step<'a>, EngineError> {
+        if row >= self.count {
+            self.phase = self.finish();
+            return Ok(Step::Computed);
+        }
+        let rows = (self.count - row).min(self.plan.limits.logit_rows);
+        self.head(exec, row, rows)?;
+        self.phase = Phase::Head(row + rows);
+        Ok(Step::Logits { position: self.position + row, rows })
+    }
+
+    fn finish(&mut self) -> Phase {
+        self.position += self.count;
+        self.stats.tokens += self.count as u64;
+        Phase::Idle
+    }
+}
+
+impl<'a> LayerState<'a> {
+    fn new(
+        model: &Model<'_>,
+        plan: &Plan,
+        arena: &Arena<'a>,
+        pages: &mut &'a mut [u8],
+        index: usize,
+        unit_base: u32,
+    ) -> Result<Self, EngineError> {
+        let shape = model.layer(index).ok_or(EngineError::LogicBug("a layer that does not exist"))?;
+        let group = Group::new(cut(pages, model.group(index as u16).1 as usize));
+        let (cache, taps) = match shape.operator {
+            Operator::Attention => (kv_shape(&shape, plan.limits.context).bytes(plan.limits.kv), 0),
+            Operator::ShortConv => (0, shape.taps - 1),
+        };
+        Ok(Self {
+            shape,
+            group,
+            unit_base,
+            keys: arena.lines(cache)?,
+            values: arena.lines(cache)?,
+            conv: arena.f32s(taps * model.hidden())?,
+        })
+    }
+}
