@@ -1,0 +1,3 @@
+//! Bodies of the fuzz targets: each a function of bytes that panics if something that must hold does not.
+
+pub mod image;
