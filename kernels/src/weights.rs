@@ -41,6 +41,7 @@ pub enum Group {
 
 impl Group {
     /// Weights per group.
+    #[allow(clippy::len_without_is_empty, reason = "a group is never empty")]
     pub const fn len(self) -> usize {
         1 << self as usize
     }
