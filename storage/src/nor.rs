@@ -20,6 +20,7 @@ pub struct NorStore<'b, T> {
 
 /// Why an `embedded-storage` device could not read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum NorError<E> {
     /// The device's own error.

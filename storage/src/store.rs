@@ -4,6 +4,7 @@ use core::fmt;
 
 /// What a store asks of a request, and what it holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Geometry {
     /// Bytes that can be read.
     pub len: u64,
@@ -55,6 +56,7 @@ pub struct Completion<'b, E> {
 
 /// Why a read failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum ReadError<E> {
     /// The device reported an error.

@@ -4,6 +4,7 @@ use super::{MAX_SECTIONS, SectionKind, VERSION_MAJOR};
 
 /// Why an image was refused: which field, its value, and what was expected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum ImageError {
     /// The slot does not begin with [`MAGIC`](super::MAGIC).
@@ -117,6 +118,7 @@ pub enum ImageError {
 
 /// The rule that a field's value breaks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum Violation {
     /// Not a multiple of the page.

@@ -8,6 +8,7 @@ use super::{ImageError, MAX_LEVELS, Superblock, Violation, crc32c, data_start};
 
 /// What an extent is to the cache.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum ExtentKind {
     /// 1: a chunk that is read once and stays.
@@ -29,6 +30,7 @@ impl ExtentKind {
 
 /// The bytes of a level do not have their checksum, or are not all there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[error("level {level} of the extent: the bytes do not have their checksum")]
 pub struct ChecksumError {
     /// The first bad level.

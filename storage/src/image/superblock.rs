@@ -52,6 +52,7 @@ const _: () = assert!(HEADER + MAX_SECTIONS * RECORD <= SUPERBLOCK_SLOT as usize
 
 /// What a section holds. Storage gives the bytes no meaning, except those of [`SectionKind::Extents`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum SectionKind {
     /// 1: the model's description.
@@ -140,6 +141,7 @@ impl fmt::Display for SectionKind {
 
 /// A run of bytes in the image with a meaning and a checksum.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Section {
     /// What it holds.
     pub kind: SectionKind,
@@ -282,7 +284,14 @@ impl Superblock {
         let (a, b) = slots.split_at_checked(SUPERBLOCK_SLOT as usize).unwrap_or((slots, &[]));
         match (Self::parse_slot(a, store_len), Self::parse_slot(b, store_len)) {
             (Ok(a), Ok(b)) => Ok(if b.generation > a.generation { b } else { a }),
-            (Ok(valid), Err(_)) | (Err(_), Ok(valid)) => Ok(valid),
+            (Ok(valid), Err(wrong)) => {
+                report_fallback("A", "B", &wrong);
+                Ok(valid)
+            }
+            (Err(wrong), Ok(valid)) => {
+                report_fallback("B", "A", &wrong);
+                Ok(valid)
+            }
             (Err(ImageError::NotAnImage { .. }), Err(wrong))
                 if !b.is_empty() && !matches!(wrong, ImageError::NotAnImage { .. }) =>
             {
@@ -469,6 +478,19 @@ impl Superblock {
             .find(|(_, s)| start < s.end(self.page) && s.offset < end)
             .map(|(index, s)| (index, s.kind))
     }
+}
+
+/// Says that only one slot could be used; a slot that was never written is nothing to speak of.
+fn report_fallback(used: &str, other: &str, wrong: &ImageError) {
+    if matches!(wrong, ImageError::NotAnImage { .. }) {
+        return;
+    }
+    #[cfg(feature = "log")]
+    log::warn!("superblock {used} is used, {other} cannot be: {wrong}");
+    #[cfg(feature = "defmt")]
+    defmt::warn!("superblock {} is used, {} cannot be: {}", used, other, wrong);
+    #[cfg(not(any(feature = "log", feature = "defmt")))]
+    let _ = (used, other);
 }
 
 /// Whether an image of this minor version may have fields that are not known here.

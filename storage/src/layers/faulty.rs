@@ -11,6 +11,7 @@ use crate::store::{BlockStore, Completion, Geometry, ReadError, ReadRequest};
 /// Which faults to inject. Rates are parts per million of the reads, and exclude one another: at most one fault
 /// happens to a read. The default injects none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct FaultPlan {
     /// Where the faults are drawn from: reads submitted in one order get the same faults.
     pub seed: u64,
@@ -31,6 +32,7 @@ pub struct FaultPlan {
 
 /// Faults that were injected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct FaultCounts {
     /// Device errors.
     pub device_errors: u64,
@@ -46,6 +48,7 @@ pub struct FaultCounts {
 
 /// An error of the device under a [`Faulty`] layer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum FaultError<E> {
     /// One that was made up.

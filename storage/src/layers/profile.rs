@@ -4,6 +4,7 @@ use core::str::FromStr;
 
 /// Speed of a device, as [`Throttled`](super::Throttled) models it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct DeviceProfile {
     /// Bytes a second on the bus; at least 1.
     pub bandwidth: u64,
@@ -17,6 +18,7 @@ pub struct DeviceProfile {
 
 /// Why a description of a device was not understood.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum ProfileError {
     /// Neither a known name nor `key=value` pairs.

@@ -5,6 +5,7 @@ use crate::store::{BlockStore, Completion, Geometry, ReadError, ReadRequest};
 
 /// What happened to a read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum TraceEvent {
     /// The store took it.
     Submitted {
