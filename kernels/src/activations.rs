@@ -81,7 +81,6 @@ pub struct Acts<'a> {
     layout: Layout,
     cols: usize,
     tokens: usize,
-    has_tables: bool,
     data: &'a [u8],
 }
 
@@ -106,13 +105,12 @@ impl<'a> Acts<'a> {
         let layout = &self.layout;
         let data = &self.data[token * layout.stride..(token + 1) * layout.stride];
         let meta = 4 * layout.groups;
-        let tables = if self.has_tables { layout.table_range(self.spec) } else { 0..0 };
         TokenActs {
             codes: &data[..layout.k],
             scales: &data[layout.scales..layout.scales + meta],
             sums: &data[layout.sums..layout.sums + meta],
-            lows: if self.has_tables { &data[layout.lows..layout.lows + meta] } else { &[] },
-            tables: &data[tables],
+            lows: if self.spec.tables { &data[layout.lows..layout.lows + meta] } else { &[] },
+            tables: &data[layout.table_range(self.spec)],
         }
     }
 }
@@ -198,13 +196,12 @@ pub fn quantise<'a>(
     let layout = Layout::new(spec, cols);
     let scratch = &mut scratch[..layout.stride * tokens];
     let kernels = exec.backend.kernels();
-    let has_tables = spec.tables && kernels.uses_tables();
     if cols > 0 {
         for (x, data) in x.chunks_exact(cols).zip(scratch.chunks_exact_mut(layout.stride)) {
-            kernels.quantise(spec, x, TokenMut::new(data, &layout, has_tables));
+            kernels.quantise(spec, x, TokenMut::new(data, &layout, spec.tables));
         }
     }
-    Acts { spec, layout, cols, tokens, has_tables, data: scratch }
+    Acts { spec, layout, cols, tokens, data: scratch }
 }
 
 /// The input of a matrix product.

@@ -51,10 +51,6 @@ impl Float {
 /// returns the same bits. Lengths have been checked by the caller.
 pub(crate) trait Kernels: Sync {
     fn name(&self) -> &'static str;
-    /// Whether [`Kernels::quant_tile`] multiplies fields of 1 bit by the activations' subset sums.
-    fn uses_tables(&self) -> bool {
-        false
-    }
     /// Quantises one token.
     fn quantise(&self, spec: ActSpec, x: &[f32], out: TokenMut<'_>) {
         quant::quantise(spec, x, out);

@@ -155,42 +155,52 @@ impl<'a> QuantBlock<'a> {
     }
 }
 
-/// Adds to `sums` the products of one group of a field of `8 / PER` bits (`PER` weights a byte, 1 meaning
-/// signed bytes) with the activations `q`. Lane `4r + t` of a half holds row r's sum over K = t modulo 4.
+/// Adds to `sums` the products of one group of a field of `8 / PER` bits (2 or 4 weights a byte) with the
+/// activations `q`. Lane `4r + t` of a half holds row r's sum over K = t modulo 4; in 16 bits, which is enough for
+/// 128 K: 32 * 15 * 63 < 2^15.
 #[inline(always)]
-fn wide_field<const PER: usize>(field: &[u8], q: &[u8], shift: u32, sums: &mut [i32; ROW_BLOCK]) {
-    let mut lanes = [[0i32; 64]; 2];
+fn narrow_field<const PER: usize>(field: &[u8], q: &[u8], shift: u32, sums: &mut [i32; ROW_BLOCK]) {
+    let mut lanes = [[0i16; 16]; 8];
     for (block, q) in field.as_chunks::<128>().0.iter().zip(q.chunks_exact(4 * PER)) {
-        for (lanes, bytes) in lanes.iter_mut().zip(block.as_chunks::<64>().0) {
-            for (i, q) in q.as_chunks::<4>().0.iter().enumerate() {
-                let q = q.map(|q| i32::from(q as i8));
-                for (l, (lane, &byte)) in lanes.iter_mut().zip(bytes).enumerate() {
-                    let code = if PER == 1 {
-                        i32::from(byte as i8)
-                    } else {
-                        i32::from(byte >> (8 / PER * i) & (0xff >> (8 - 8 / PER)))
-                    };
-                    *lane += code * q[l % 4];
+        for (i, q) in q.as_chunks::<4>().0.iter().enumerate() {
+            let q: [i16; 16] = core::array::from_fn(|l| i16::from(q[l % 4] as i8));
+            for (lanes, bytes) in lanes.iter_mut().zip(block.as_chunks::<16>().0) {
+                for l in 0..16 {
+                    let code = bytes[l] >> (8 / PER * i) & (0xff >> (8 - 8 / PER));
+                    lanes[l] += i16::from(code) * q[l];
                 }
             }
         }
     }
     for (sum, lanes) in sums.iter_mut().zip(lanes.as_flattened().as_chunks::<4>().0) {
-        *sum += lanes.iter().sum::<i32>() << shift;
+        *sum += lanes.iter().map(|&lane| i32::from(lane)).sum::<i32>() << shift;
     }
 }
 
-/// The same for a field of 1 bit: byte `16t + r` of a half holds row r's K = 8t..8t + 8.
+/// The same for signed bytes.
 #[inline(always)]
-fn bit_field(field: &[u8], q: &[u8], shift: u32, sums: &mut [i32; ROW_BLOCK]) {
-    let mut rows = [[0i32; 16]; 2];
-    for (block, q) in field.as_chunks::<128>().0.iter().zip(q.chunks_exact(32)) {
+fn byte_field(field: &[u8], q: &[u8], sums: &mut [i32; ROW_BLOCK]) {
+    for (block, q) in field.as_chunks::<128>().0.iter().zip(q.as_chunks::<4>().0) {
+        let q = q.map(|q| i16::from(q as i8));
+        for (sum, bytes) in sums.iter_mut().zip(block.as_chunks::<4>().0) {
+            let products = |i: usize| i32::from(i16::from(bytes[i] as i8) * q[i]);
+            *sum += products(0) + products(1) + products(2) + products(3);
+        }
+    }
+}
+
+/// The same for a field of 1 bit, by looking subset sums of four activations up: byte `16t + r` of a half holds row
+/// r's K = 8t..8t + 8. `low` is what the entries are short of.
+#[inline(always)]
+fn bit_field(field: &[u8], tables: &[u8], low: i32, shift: u32, sums: &mut [i32; ROW_BLOCK]) {
+    let mut rows = [[low; 16]; 2];
+    for (block, tables) in field.as_chunks::<128>().0.iter().zip(tables.as_chunks::<128>().0) {
+        let tables = tables.as_chunks::<16>().0;
         for (rows, bytes) in rows.iter_mut().zip(block.as_chunks::<64>().0) {
-            for (bytes, q) in bytes.as_chunks::<16>().0.iter().zip(q.chunks_exact(8)) {
-                for (i, &q) in q.iter().enumerate() {
-                    for (row, byte) in rows.iter_mut().zip(bytes) {
-                        *row += i32::from(byte >> i & 1) * i32::from(q as i8);
-                    }
+            for (t, bytes) in bytes.as_chunks::<16>().0.iter().enumerate() {
+                let (first, second) = (&tables[table_slot(2 * t)], &tables[table_slot(2 * t + 1)]);
+                for (row, byte) in rows.iter_mut().zip(bytes) {
+                    *row += i32::from(first[usize::from(byte & 15)]) + i32::from(second[usize::from(byte >> 4)]);
                 }
             }
         }
@@ -215,10 +225,13 @@ pub(crate) fn quant_tile(block: &QuantBlock<'_>, acts: &Acts<'_>, first: usize, 
                 let bytes = len * ROW_BLOCK * usize::from(width) / 8;
                 let field = &block.fields[level][group * bytes..(group + 1) * bytes];
                 match width {
-                    8 => wide_field::<1>(field, q, shift, &mut sums),
-                    4 => wide_field::<2>(field, q, shift, &mut sums),
-                    2 => wide_field::<4>(field, q, shift, &mut sums),
-                    _ => bit_field(field, q, shift, &mut sums),
+                    8 => byte_field(field, q, &mut sums),
+                    4 => narrow_field::<2>(field, q, shift, &mut sums),
+                    2 => narrow_field::<4>(field, q, shift, &mut sums),
+                    _ => {
+                        let tables = &acts.tables[4 * group * len..4 * (group + 1) * len];
+                        bit_field(field, tables, acts.low(group), shift, &mut sums);
+                    }
                 }
             }
             let (s, a) = (acts.scale(group), acts.sum(group));

@@ -28,9 +28,6 @@ impl Kernels for Avx2 {
     fn name(&self) -> &'static str {
         "avx2"
     }
-    fn uses_tables(&self) -> bool {
-        true
-    }
     fn quantise(&self, spec: ActSpec, x: &[f32], out: TokenMut<'_>) {
         // SAFETY: `self` proves the features, here and below.
         unsafe { quantise(spec, x, out) }
@@ -357,20 +354,16 @@ unsafe fn field2<const T: usize, const V: usize>(
     let mask = _mm256_set1_epi8(3);
     let mut partial: Sums<T, V> = [[_mm256_setzero_si256(); V]; T];
     for at in (0..k).step_by(16) {
-        for v in 0..V {
-            // SAFETY: the caller's promise.
-            let codes = unsafe { load(w.add(32 * v)) };
-            let fields = [
-                _mm256_and_si256(codes, mask),
-                _mm256_and_si256(_mm256_srli_epi16::<2>(codes), mask),
-                _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask),
-                _mm256_and_si256(_mm256_srli_epi16::<6>(codes), mask),
-            ];
+        // SAFETY: the caller's promise.
+        let mut codes: [__m256i; V] = core::array::from_fn(|v| unsafe { load(w.add(32 * v)) });
+        for i in 0..4 {
+            let fields = codes.map(|codes| _mm256_and_si256(codes, mask));
+            codes = codes.map(|codes| _mm256_srli_epi16::<2>(codes));
             for t in 0..T {
-                for (i, field) in fields.iter().enumerate() {
-                    // SAFETY: the caller's promise: `at + 16 <= k`.
-                    let a = unsafe { broadcast(q[t].add(at + 4 * i)) };
-                    partial[t][v] = _mm256_add_epi16(partial[t][v], _mm256_maddubs_epi16(*field, a));
+                // SAFETY: the caller's promise: `at + 16 <= k`.
+                let a = unsafe { broadcast(q[t].add(at + 4 * i)) };
+                for v in 0..V {
+                    partial[t][v] = _mm256_add_epi16(partial[t][v], _mm256_maddubs_epi16(fields[v], a));
                 }
             }
         }
