@@ -1,0 +1,319 @@
+//! From rows of a source tensor to the regions of a stored matrix.
+
+use core::ops::Range;
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail, ensure};
+use forebay_kernels::pack::pack_row_block;
+use forebay_kernels::weights::{Encoding, Group, MatrixShape, Quant, ROW_BLOCK};
+use half::{bf16, f16};
+use serde::Serialize;
+
+use crate::quantize::{Grid, quantise_group};
+use crate::source::{DType, Source, SourceTensor, half_at};
+
+/// A matrix inside a source tensor.
+#[derive(Clone, Debug)]
+pub(super) struct View<'a> {
+    /// The tensor.
+    pub tensor: &'a SourceTensor,
+    /// First row.
+    pub first_row: u64,
+    /// Rows there are; the stored matrix may have more, which are zero.
+    pub rows: u32,
+    /// First column.
+    pub first_col: u64,
+    /// Columns there are; the stored matrix may have more, which are zero.
+    pub cols: u32,
+    /// Width of a head whose rows are in the order of interleaved rotation, to be put in the order of halves.
+    pub interleaved: Option<u32>,
+}
+
+impl View<'_> {
+    /// The source row of row `row`.
+    fn row(&self, row: u32) -> u64 {
+        let row = match self.interleaved {
+            None => row,
+            Some(dim) => deinterleave(row, dim),
+        };
+        self.first_row + u64::from(row)
+    }
+}
+
+/// Where row `row` of a projection with heads of `dim` rows lies when each pair (i, i + dim/2) is (2i, 2i + 1).
+pub(super) fn deinterleave(row: u32, dim: u32) -> u32 {
+    let (head, at) = (row / dim, row % dim);
+    head * dim + at % (dim / 2) * 2 + at / (dim / 2)
+}
+
+/// Name of an encoding for people.
+pub fn encoding_name(encoding: Encoding) -> String {
+    match encoding {
+        Encoding::F32 => "f32".into(),
+        Encoding::F16 => "f16".into(),
+        Encoding::Bf16 => "bf16".into(),
+        Encoding::Quant(q) => {
+            let affine = if q.affine { " affine" } else { "" };
+            format!("q{} group {}{affine}", q.fields.bits(), q.group.len())
+        }
+    }
+}
+
+/// What the encoding of weights cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Tally {
+    /// Weights.
+    pub weights: u64,
+    /// Bytes stored, padding to whole rows and groups included.
+    pub bytes: u64,
+    /// Sum of squared differences from the source's values.
+    pub squared_error: f64,
+    /// Sum of the source's squared values.
+    pub squared_value: f64,
+}
+
+impl Tally {
+    /// Adds `other`.
+    pub fn add(&mut self, other: &Self) {
+        self.weights += other.weights;
+        self.bytes += other.bytes;
+        self.squared_error += other.squared_error;
+        self.squared_value += other.squared_value;
+    }
+
+    fn compare(&mut self, x: f32, stored: f32) {
+        let (x, stored) = (f64::from(x), f64::from(stored));
+        self.squared_error += (x - stored) * (x - stored);
+        self.squared_value += x * x;
+    }
+
+    /// Root of the mean squared difference.
+    pub fn rmse(&self) -> f64 {
+        if self.weights == 0 { 0.0 } else { (self.squared_error / self.weights as f64).sqrt() }
+    }
+
+    /// The same, relative to the root of the mean squared value.
+    pub fn relative_rmse(&self) -> f64 {
+        if self.squared_value == 0.0 { 0.0 } else { (self.squared_error / self.squared_value).sqrt() }
+    }
+}
+
+/// Tallies by name of encoding.
+pub(super) type Tallies = BTreeMap<String, Tally>;
+
+/// Buffers that are used again for every row.
+#[derive(Default)]
+pub(super) struct Scratch {
+    raw: Vec<u8>,
+    row: Vec<f32>,
+    codes: Vec<u8>,
+    scales: Vec<f16>,
+    minima: Vec<f16>,
+}
+
+/// The grid of a quantised encoding.
+pub(super) fn grid(q: Quant) -> Grid {
+    Grid { bits: q.fields.bits(), affine: q.affine, zero_x2: q.zero_x2 }
+}
+
+/// Whether blocks of `dtype` can be stored as `q` code by code.
+pub(super) fn imports(dtype: DType, q: Quant) -> bool {
+    let same = match dtype {
+        DType::Q4_0 => Grid::with_zero(4),
+        DType::Q4_1 => Grid::affine(4),
+        DType::Q8_0 => Grid::Q8,
+        _ => return false,
+    };
+    q.group == Group::G32 && grid(q) == same
+}
+
+/// Encodes the row blocks `blocks` of `view` as a matrix of `shape`. `scales` and `fields` are these blocks'
+/// parts of the regions; for floats `fields[0]` has `ROW_BLOCK` rows a block, but for the last.
+pub(super) fn encode(
+    source: &Source,
+    view: &View<'_>,
+    shape: &MatrixShape,
+    blocks: Range<usize>,
+    scales: &mut [u8],
+    fields: &mut [&mut [u8]],
+    scratch: &mut Scratch,
+) -> Result<Tally> {
+    let mut tally = Tally::default();
+    let Encoding::Quant(q) = shape.encoding else {
+        let rows = (blocks.start * ROW_BLOCK) as u32..((blocks.end * ROW_BLOCK) as u32).min(shape.rows);
+        encode_floats(source, view, shape, rows, fields[0], scratch, &mut tally)?;
+        tally.bytes += fields[0].len() as u64;
+        return Ok(tally);
+    };
+    let (groups, cols) = (shape.groups(), shape.cols as usize);
+    let import =
+        imports(source.dtype(view.tensor)?, q) && view.first_col.is_multiple_of(32) && view.cols.is_multiple_of(32);
+    let mut rest: Vec<&mut [u8]> = fields.iter_mut().map(|f| &mut **f).collect();
+    let mut scales_rest = scales;
+    for block in blocks {
+        let first = (block * ROW_BLOCK) as u32;
+        let rows = (shape.rows - first).min(ROW_BLOCK as u32) as usize;
+        scratch.codes.clear();
+        scratch.codes.resize(rows * cols, 0);
+        scratch.scales.clear();
+        scratch.scales.resize(rows * groups, f16::ZERO);
+        scratch.minima.clear();
+        scratch.minima.resize(rows * groups, f16::ZERO);
+        for r in 0..rows.min(view.rows.saturating_sub(first) as usize) {
+            let row = view.row(first + r as u32);
+            let target = Target {
+                codes: &mut scratch.codes[r * cols..][..cols],
+                scales: &mut scratch.scales[r * groups..][..groups],
+                minima: &mut scratch.minima[r * groups..][..groups],
+            };
+            if import {
+                import_row(source, view, row, q, &mut scratch.raw, target, &mut tally)?;
+            } else {
+                quantise_row(source, view, row, q, (&mut scratch.raw, &mut scratch.row), target, &mut tally)?;
+            }
+        }
+        let (block_scales, after) = scales_rest.split_at_mut(shape.block_scale_bytes());
+        scales_rest = after;
+        let mut block_fields = Vec::with_capacity(rest.len());
+        for (level, field) in rest.iter_mut().enumerate() {
+            let (head, tail) = core::mem::take(field).split_at_mut(shape.block_field_bytes(level));
+            block_fields.push(head);
+            *field = tail;
+        }
+        tally.bytes += (block_scales.len() + block_fields.iter().map(|f| f.len()).sum::<usize>()) as u64;
+        pack_row_block(shape, &scratch.codes, &scratch.scales, &scratch.minima, block_scales, &mut block_fields);
+    }
+    Ok(tally)
+}
+
+/// Where the codes, scales and minima of one row go.
+struct Target<'a> {
+    codes: &'a mut [u8],
+    scales: &'a mut [f16],
+    minima: &'a mut [f16],
+}
+
+fn columns(view: &View<'_>) -> Range<u64> {
+    view.first_col..view.first_col + u64::from(view.cols)
+}
+
+fn import_row(
+    source: &Source,
+    view: &View<'_>,
+    row: u64,
+    q: Quant,
+    raw: &mut Vec<u8>,
+    target: Target<'_>,
+    tally: &mut Tally,
+) -> Result<()> {
+    source.read_raw(view.tensor, row, columns(view), raw)?;
+    let dtype = source.dtype(view.tensor)?;
+    let codes = target.codes.chunks_exact_mut(32);
+    for (g, (block, codes)) in raw.chunks_exact(dtype.bytes()).zip(codes).enumerate() {
+        let scale = half_at(block, 0);
+        let minimum = if q.affine { half_at(block, 2) } else { f16::ZERO };
+        for found in [scale, minimum] {
+            if !found.is_finite() {
+                return Err(source.not_finite(view.tensor, row, view.first_col + g as u64 * 32, found.to_f32()));
+            }
+        }
+        if dtype == DType::Q8_0 {
+            codes.copy_from_slice(&block[2..34]);
+        } else {
+            let nibbles = &block[block.len() - 16..];
+            for (j, byte) in nibbles.iter().enumerate() {
+                codes[j] = byte & 15;
+                codes[j + 16] = byte >> 4;
+            }
+        }
+        target.scales[g] = scale;
+        target.minima[g] = minimum;
+        tally.squared_value += codes.iter().map(|&c| f64::from(grid(q).weight(c, scale, minimum)).powi(2)).sum::<f64>();
+    }
+    tally.weights += u64::from(view.cols);
+    Ok(())
+}
+
+fn quantise_row(
+    source: &Source,
+    view: &View<'_>,
+    row: u64,
+    q: Quant,
+    (raw, values): (&mut Vec<u8>, &mut Vec<f32>),
+    target: Target<'_>,
+    tally: &mut Tally,
+) -> Result<()> {
+    values.resize(view.cols as usize, 0.0);
+    source.read_f32(view.tensor, row, columns(view), raw, values)?;
+    let len = q.group.len();
+    let groups = values.chunks(len).zip(target.codes.chunks_mut(len)).enumerate();
+    for (g, (x, codes)) in groups {
+        let (own, padding) = codes.split_at_mut(x.len());
+        let (scale, minimum) = quantise_group(x, grid(q), own).with_context(|| {
+            format!(
+                "{}: tensor {}, row {row}: weights up to {:e} are too large to quantise; convert with --weights f32",
+                source.file_name(view.tensor),
+                view.tensor.name,
+                x.iter().fold(0.0f32, |a, x| a.max(x.abs()))
+            )
+        })?;
+        // Columns of neurons that do not exist, in a group of some that do.
+        padding.fill(grid(q).zero_code(scale, minimum));
+        for (x, code) in x.iter().zip(own) {
+            tally.compare(*x, grid(q).weight(*code, scale, minimum));
+        }
+        target.scales[g] = scale;
+        target.minima[g] = minimum;
+    }
+    tally.weights += u64::from(view.cols);
+    Ok(())
+}
+
+fn encode_floats(
+    source: &Source,
+    view: &View<'_>,
+    shape: &MatrixShape,
+    rows: Range<u32>,
+    out: &mut [u8],
+    scratch: &mut Scratch,
+    tally: &mut Tally,
+) -> Result<()> {
+    let bytes = if shape.encoding == Encoding::F32 { 4 } else { 2 };
+    let row_bytes = shape.cols as usize * bytes;
+    out.fill(0);
+    scratch.row.resize(view.cols as usize, 0.0);
+    for (row, out) in rows.zip(out.chunks_mut(row_bytes)) {
+        if row >= view.rows {
+            break;
+        }
+        let from = view.row(row);
+        source.read_f32(view.tensor, from, columns(view), &mut scratch.raw, &mut scratch.row)?;
+        for (x, out) in scratch.row.iter().zip(out.chunks_exact_mut(bytes)) {
+            let stored = match shape.encoding {
+                Encoding::F32 => {
+                    out.copy_from_slice(&x.to_le_bytes());
+                    *x
+                }
+                Encoding::F16 => {
+                    out.copy_from_slice(&f16::from_f32(*x).to_le_bytes());
+                    f16::from_f32(*x).to_f32()
+                }
+                Encoding::Bf16 => {
+                    out.copy_from_slice(&bf16::from_f32(*x).to_le_bytes());
+                    bf16::from_f32(*x).to_f32()
+                }
+                Encoding::Quant(_) => bail!("tensor {}: not a float encoding", view.tensor.name),
+            };
+            ensure!(
+                stored.is_finite(),
+                "{}: tensor {}, row {from}: {x:e} is too large for {}; convert with --weights f32",
+                source.file_name(view.tensor),
+                view.tensor.name,
+                encoding_name(shape.encoding)
+            );
+            tally.compare(*x, stored);
+        }
+        tally.weights += u64::from(view.cols);
+    }
+    Ok(())
+}
