@@ -134,6 +134,14 @@ pub enum EngineError {
         /// The completion's id.
         id: u32,
     },
+    /// More workers than the plan has scratch memory for.
+    #[error("{count} workers compute, but the plan was made for {planned}")]
+    Workers {
+        /// Workers given.
+        count: usize,
+        /// Workers planned.
+        planned: usize,
+    },
     /// The engine contradicts itself: a bug.
     #[error("internal error: {0}; please report it")]
     LogicBug(&'static str),
@@ -434,6 +442,10 @@ impl<'a> Engine<'a> {
 
     /// Hands out a read, or computes one piece. Does not block.
     pub fn step(&mut self, exec: &Exec<'_>) -> Result<Step<'a>, EngineError> {
+        let (count, planned) = (exec.workers.count(), self.plan.limits.workers);
+        if count > planned {
+            return Err(EngineError::Workers { count, planned });
+        }
         if let Some(request) = self.next_read() {
             return Ok(Step::Read(request));
         }
