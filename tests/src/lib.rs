@@ -15,6 +15,7 @@ use forebay_runtime::plan::{Limits, Plan};
 use forebay_storage::MemoryStore;
 use forebay_storage::store::BlockStore;
 
+pub mod hostile;
 pub mod reference;
 
 /// Conditions of a run; none of them may change a bit of the logits, except `kv`.
