@@ -4,6 +4,8 @@
 //! the workers, and the thread pool's borrowed job.
 #![allow(unsafe_code)]
 
+#[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
+mod aarch64;
 #[cfg(any(test, feature = "std"))]
 pub(crate) mod pool;
 pub(crate) mod split;
@@ -106,7 +108,16 @@ pub(crate) fn vector_backends() -> [Option<&'static dyn Kernels>; 1] {
 }
 
 /// The vector back-ends of this CPU, slowest first.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
+pub(crate) fn vector_backends() -> [Option<&'static dyn Kernels>; 2] {
+    [aarch64::neon::get(), aarch64::dotprod::get()]
+}
+
+/// The vector back-ends of this CPU, slowest first.
+#[cfg(not(any(
+    target_arch = "x86_64",
+    all(target_arch = "aarch64", target_feature = "neon", target_endian = "little")
+)))]
 pub(crate) fn vector_backends() -> [Option<&'static dyn Kernels>; 0] {
     []
 }

@@ -46,7 +46,7 @@ fn subset_sums(q: &[u8; 4], table: &mut [u8]) -> i32 {
 /// Position of table `j` (of the eight of 32 activations) among the eight: even ones first, so that one load
 /// brings the tables that consecutive 16-byte lanes of a 1-bit field look up with their low nibbles, another
 /// those of the high nibbles.
-const fn table_slot(j: usize) -> usize {
+pub(crate) const fn table_slot(j: usize) -> usize {
     j / 2 + j % 2 * 4
 }
 

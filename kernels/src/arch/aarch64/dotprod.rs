@@ -1,0 +1,67 @@
+//! NEON with the dot-product extension (Armv8.2, Cortex-A55 and A75 onwards): [`super::neon`] with `sdot` for fields
+//! of 2, 4 and 8 bits. The intrinsic is not stable, so the instruction is written out.
+
+use super::neon::{self, Dot};
+use crate::activations::Acts;
+use crate::arch::{Float, Kernels};
+use crate::reference::quant::QuantBlock;
+use crate::weights::ROW_BLOCK;
+use core::arch::aarch64::*;
+use core::arch::asm;
+
+/// Proof that the CPU has the dot-product extension.
+#[derive(Clone, Copy)]
+pub(crate) struct Dotprod(());
+
+/// The back-end, if this CPU (with `std`) or this build (without) has the extension.
+pub(crate) fn get() -> Option<&'static dyn Kernels> {
+    #[cfg(any(test, feature = "std"))]
+    let available = std::arch::is_aarch64_feature_detected!("dotprod");
+    #[cfg(not(any(test, feature = "std")))]
+    let available = cfg!(target_feature = "dotprod");
+    if available { Some(&Dotprod(())) } else { None }
+}
+
+impl Dot for Dotprod {
+    type Sum = int32x4_t;
+    /// Sums of 32 bits hold any group.
+    const SAFE_STEPS: usize = 128;
+    #[inline(always)]
+    fn zero(self) -> int32x4_t {
+        neon::zero()
+    }
+    #[inline(always)]
+    fn dot(self, mut sum: int32x4_t, w: int8x16_t, q: int8x16_t) -> int32x4_t {
+        // SAFETY: `self` proves the extension; the instruction touches its operands only.
+        unsafe {
+            asm!(
+                ".arch_extension dotprod",
+                "sdot {sum:v}.4s, {w:v}.16b, {q:v}.16b",
+                sum = inout(vreg) sum,
+                w = in(vreg) w,
+                q = in(vreg) q,
+                options(pure, nomem, nostack, preserves_flags)
+            );
+        }
+        sum
+    }
+    #[inline(always)]
+    fn rows(self, sum: int32x4_t) -> int32x4_t {
+        sum
+    }
+}
+
+impl Kernels for Dotprod {
+    fn name(&self) -> &'static str {
+        "dotprod"
+    }
+    fn quant_tile(&self, block: &QuantBlock<'_>, acts: &Acts<'_>, first: usize, out: &mut [[f32; ROW_BLOCK]]) {
+        neon::quant_tile(*self, block, acts, first, out);
+    }
+    fn dot_rows(&self, format: Float, rows: &[u8], x: &[f32], out: &mut [f32]) {
+        neon::dot_rows(format, rows, x, out);
+    }
+    fn weighted_sum(&self, format: Float, rows: &[u8], weights: &[f32], out: &mut [f32]) {
+        neon::weighted_sum(format, rows, weights, out);
+    }
+}
