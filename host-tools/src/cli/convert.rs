@@ -1,0 +1,45 @@
+//! `forebay convert`
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use forebay::convert::{ConvertOptions, convert};
+
+use super::{WeightArgs, check_output};
+use crate::host::models::Bar;
+use crate::host::size::Size;
+
+#[derive(Args)]
+pub struct ConvertArgs {
+    /// A Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a GGUF file
+    model: PathBuf,
+    /// The image to write
+    #[arg(short, long, value_name = "IMAGE")]
+    output: PathBuf,
+    #[command(flatten)]
+    weights: WeightArgs,
+    /// Alignment of everything that is read: a power of two from 512 to 1M, at least the device's block
+    #[arg(long, value_name = "SIZE", default_value = "4096")]
+    page: Size,
+    /// Report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn main(args: &ConvertArgs) -> Result<()> {
+    use std::io::Write;
+    check_output(&args.output)?;
+    let options = ConvertOptions { page: u32::try_from(args.page.bytes).unwrap_or(u32::MAX), ..args.weights.options() };
+    let mut bar = Bar::new("converting");
+    let report = convert(&args.model, &args.output, &options, &mut bar);
+    bar.finish();
+    let report = report?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string(&report)?)?;
+    } else {
+        write!(out, "{report}")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,87 @@
+//! `forebay inspect`
+
+use std::io::Write;
+
+use anyhow::Result;
+use clap::Args;
+use forebay::inspect::inspect;
+use forebay_runtime::plan::Plan;
+use serde_json::json;
+
+use super::{MachineArgs, ModelArgs};
+use crate::host::session::{self, Extra, Request};
+use crate::host::size::bytes_text;
+
+#[derive(Args)]
+pub struct InspectArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Tokens of the longest sequence, for the plan of the arena [default: the model's, at most 4096]
+    #[arg(short, long, value_name = "TOKENS", value_parser = super::positive)]
+    context: Option<usize>,
+    #[command(flatten)]
+    machine: MachineArgs,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn main(args: &InspectArgs) -> Result<()> {
+    let found = args.model.find()?;
+    let inspection = inspect(&found.file.path)?;
+    let (plan, units) = found.file.probe(|image, _| {
+        let model = image.model();
+        let request = Request {
+            context: args.context.unwrap_or(model.context().min(super::LONG_CONTEXT)),
+            batch: args.machine.batch,
+            logit_rows: 1,
+            kv: args.machine.kv(model),
+            threads: args.machine.threads(),
+            extra: Extra::default(),
+        };
+        let plan = session::plan(&found.file, image, &request, &args.machine.ram(found.bundled))?;
+        Ok((plan, model.unit_count()))
+    })?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        let mut json = serde_json::to_value(&inspection)?;
+        json["plan"] = plan_json(&plan, units);
+        writeln!(out, "{}", serde_json::to_string_pretty(&json)?)?;
+        return Ok(());
+    }
+    writeln!(out, "{inspection}")?;
+    writeln!(out, "arena with a context of {} tokens: {}", plan.limits.context, bytes_text(plan.limits.arena))?;
+    let own = plan.bookkeeping + plan.limits.reserved;
+    for (what, bytes) in [
+        ("tables", plan.tables),
+        ("resident", plan.resident),
+        ("state", plan.state),
+        ("working", plan.working),
+        ("own", own),
+        ("pool", plan.pool),
+    ] {
+        writeln!(out, "  {what:<9} {bytes:>14}  {}", bytes_text(bytes))?;
+    }
+    writeln!(out, "  the pool holds {} of {units} units; batches of {} tokens", plan.slots, plan.batch)?;
+    writeln!(out, "  least     {:>14}  {}", plan.least, bytes_text(plan.least))?;
+    Ok(())
+}
+
+fn plan_json(plan: &Plan, units: usize) -> serde_json::Value {
+    json!({
+        "context": plan.limits.context,
+        "arena": plan.limits.arena,
+        "tables": plan.tables,
+        "resident": plan.resident,
+        "state": plan.state,
+        "working": plan.working,
+        "bookkeeping": plan.bookkeeping,
+        "reserved": plan.limits.reserved,
+        "pool": plan.pool,
+        "slots": plan.slots,
+        "slot": plan.slot_len,
+        "units": units,
+        "batch": plan.batch,
+        "least": plan.least,
+    })
+}

@@ -1,0 +1,288 @@
+//! The command line.
+
+mod chat;
+mod convert;
+mod inspect;
+mod logits;
+mod perplexity;
+mod run;
+mod tokenize;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use forebay::convert::{ConvertOptions, WeightChoice};
+use forebay_kernels::attention::KvFormat;
+use forebay_kernels::exec::Backend;
+use forebay_kernels::weights::Group;
+use forebay_runtime::model::Model;
+use forebay_runtime::model::record::ModelRecord;
+use forebay_runtime::sample::SamplerParams;
+use forebay_storage::layers::DeviceProfile;
+
+use crate::host::models::{self, Found};
+use crate::host::session::{self, Ram};
+use crate::host::size::Size;
+use crate::host::store::{StoreKind, StoreOptions};
+
+/// Run language models that are bigger than memory.
+///
+/// Without a subcommand the bundled model tells a story.
+#[derive(Parser)]
+#[command(name = "forebay", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Convert a Hugging Face folder or a GGUF file into an image.
+    Convert(convert::ConvertArgs),
+    /// Generate text.
+    Run(run::RunArgs),
+    /// Talk with a model, line by line.
+    Chat(chat::ChatArgs),
+    /// Write the logits of given tokens as a NumPy array.
+    Logits(logits::LogitsArgs),
+    /// Measure how well a model predicts a text.
+    Perplexity(perplexity::PerplexityArgs),
+    /// Show what is in an image, and how the arena would be split.
+    Inspect(inspect::InspectArgs),
+    /// Show the tokens of a text.
+    Tokenize(tokenize::TokenizeArgs),
+}
+
+/// Longest context that is planned for unless it is said.
+const LONG_CONTEXT: usize = 4096;
+
+/// What `forebay` alone does: the seed makes it the same story every time.
+const STORY: [&str; 6] = ["forebay", "run", "--prompt", "Once upon a time", "--seed", "1"];
+
+/// Runs the command that the process was given.
+pub fn main() -> Result<()> {
+    let command = match Cli::parse().command {
+        Some(command) => command,
+        None => Cli::parse_from(STORY).command.context("the story is a run")?,
+    };
+    match command {
+        Command::Convert(args) => convert::main(&args),
+        Command::Run(args) => run::main(&args),
+        Command::Chat(args) => chat::main(&args),
+        Command::Logits(args) => logits::main(&args),
+        Command::Perplexity(args) => perplexity::main(&args),
+        Command::Inspect(args) => inspect::main(&args),
+        Command::Tokenize(args) => tokenize::main(&args),
+    }
+}
+
+/// The model, and how it is converted if it must be.
+#[derive(Args)]
+struct ModelArgs {
+    /// An image, or a GGUF file or Hugging Face folder, which is converted once into the cache ($FOREBAY_CACHE, else
+    /// $XDG_CACHE_HOME/forebay, else ~/.cache/forebay) [default: the bundled model]
+    #[arg(value_name = "IMAGE|MODEL")]
+    model: Option<PathBuf>,
+    #[command(flatten)]
+    weights: WeightArgs,
+}
+
+impl ModelArgs {
+    fn find(&self) -> Result<Found> {
+        let given = self.weights.weights.is_some() || self.weights.group.is_some();
+        models::check_options(self.model.as_deref(), given)?;
+        models::find(self.model.as_deref(), &self.weights.options())
+    }
+}
+
+/// How weights are encoded.
+#[derive(Args)]
+struct WeightArgs {
+    /// Encoding of the weights: q4, q3, q2, q1, q8, f16 or f32 [default: q4; a GGUF file's own]
+    #[arg(long, value_name = "ENCODING")]
+    weights: Option<WeightChoice>,
+    /// Weights that share a scale: 32, 64 or 128 [default: 32]
+    #[arg(long, value_name = "N", value_parser = group)]
+    group: Option<Group>,
+}
+
+impl WeightArgs {
+    fn options(&self) -> ConvertOptions {
+        ConvertOptions { weights: self.weights, group: self.group, ..ConvertOptions::default() }
+    }
+}
+
+fn group(text: &str) -> Result<Group, String> {
+    text.parse().ok().and_then(Group::from_len).ok_or_else(|| "expected 32, 64 or 128".into())
+}
+
+/// How keys and values are kept.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kv {
+    /// f32 where the weights are f32, else f16.
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats.
+    F16,
+}
+
+/// Where and with what a model runs. None of it changes a bit of the result, but for `--kv`.
+#[derive(Args)]
+struct MachineArgs {
+    /// The whole memory of the run: bytes, or with a unit such as 64M, 2G, 512KiB [default: what everything takes,
+    /// at most half of the machine's; for the bundled model a pool of a third of what is streamed]
+    #[arg(long, value_name = "SIZE")]
+    ram: Option<Size>,
+    /// Threads that compute [default: the machine's cores]
+    #[arg(short, long, value_name = "N", value_parser = positive)]
+    threads: Option<usize>,
+    /// Most tokens of a prompt that are computed together; fewer are where memory is scarce
+    #[arg(short, long, value_name = "N", default_value = "64", value_parser = positive)]
+    batch: usize,
+    /// How keys and values are kept
+    #[arg(long, value_enum, default_value = "auto")]
+    kv: Kv,
+    /// Instruction set: scalar, avx2, … [default: the fastest of this machine]
+    #[arg(long, value_name = "NAME")]
+    backend: Option<String>,
+    /// Where the image is read from
+    #[arg(long, value_enum, default_value = "auto")]
+    store: StoreKind,
+    /// Read no faster than this device: a name such as pi4-sd, or bw=400MB/s,lat=120us,iops=20k,qd=8
+    #[arg(long, value_name = "NAME|LIST", value_parser = device)]
+    device: Option<DeviceProfile>,
+}
+
+impl MachineArgs {
+    fn threads(&self) -> usize {
+        self.threads.unwrap_or_else(session::cores)
+    }
+
+    fn backend(&self) -> Result<Backend> {
+        let Some(name) = self.backend.as_deref() else { return Ok(Backend::detect()) };
+        Backend::by_name(name).with_context(|| {
+            let names: Vec<_> = Backend::all().map(|b| b.name()).collect();
+            format!("this machine has no back-end {name:?}; it has {}", names.join(", "))
+        })
+    }
+
+    fn store(&self) -> StoreOptions {
+        StoreOptions { kind: self.store, device: self.device }
+    }
+
+    fn kv(&self, model: &Model<'_>) -> KvFormat {
+        match self.kv {
+            Kv::Auto => session::default_kv(model),
+            Kv::F32 => KvFormat::F32,
+            Kv::F16 => KvFormat::F16,
+        }
+    }
+
+    fn ram(&self, bundled: bool) -> Ram {
+        match &self.ram {
+            Some(size) => Ram::Given(size.clone()),
+            None if bundled => Ram::Streaming,
+            None => Ram::Ample,
+        }
+    }
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a whole number of at least 1".into())
+}
+
+fn device(text: &str) -> Result<DeviceProfile, String> {
+    text.parse().map_err(|error| {
+        let names: Vec<_> = DeviceProfile::names().collect();
+        format!("{error}; devices: {}", names.join(", "))
+    })
+}
+
+/// How tokens are chosen.
+#[derive(Args)]
+struct SampleArgs {
+    /// Temperature; 0 always takes the most probable token [default: the model's, else 0.8]
+    #[arg(long, value_name = "T", value_parser = temperature)]
+    temp: Option<f32>,
+    /// Choose among the K most probable tokens; 0 is all [default: the model's, else 40]
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Choose among the most probable tokens that together have this probability; 1 is all [default: the model's,
+    /// else 0.95]
+    #[arg(long, value_name = "P", value_parser = fraction)]
+    top_p: Option<f32>,
+    /// Leave out tokens less probable than P times the most probable one; 0 is none [default: the model's, else 0.05]
+    #[arg(long, value_name = "P", value_parser = fraction)]
+    min_p: Option<f32>,
+    /// Make tokens of the last 64 less probable by this factor; 1 is none [default: the model's, else 1]
+    #[arg(long, value_name = "R", value_parser = factor)]
+    repeat_penalty: Option<f32>,
+    /// Seed of the choices [default: another every time]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Go on after the model has ended its text
+    #[arg(long)]
+    ignore_eos: bool,
+}
+
+impl SampleArgs {
+    /// What the command line says, else the model, else llama.cpp's defaults.
+    fn params(&self, model: &ModelRecord) -> SamplerParams {
+        // A model that suggests nothing has a temperature of 0.
+        let suggests = model.temperature.get() > 0.0;
+        let default = |models: f32, other: f32| if suggests { models } else { other };
+        SamplerParams {
+            temperature: self.temp.unwrap_or(default(model.temperature.get(), 0.8)),
+            top_k: self.top_k.unwrap_or(if suggests { model.top_k.get() as usize } else { 40 }),
+            top_p: self.top_p.unwrap_or(default(model.top_p.get(), 0.95)),
+            min_p: self.min_p.unwrap_or(default(model.min_p.get(), 0.05)),
+            repetition_penalty: self.repeat_penalty.unwrap_or(default(model.repetition_penalty.get(), 1.0)),
+            seed: self.seed.unwrap_or_else(random),
+        }
+    }
+}
+
+/// A number that differs from run to run; short enough to be typed again.
+fn random() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    std::hash::RandomState::new().build_hasher().finish() % 1_000_000_000
+}
+
+fn number(text: &str, fits: impl Fn(f32) -> bool, expected: &str) -> Result<f32, String> {
+    text.parse().ok().filter(|x: &f32| x.is_finite() && fits(*x)).ok_or_else(|| format!("expected {expected}"))
+}
+
+fn temperature(text: &str) -> Result<f32, String> {
+    number(text, |x| x >= 0.0, "a number of at least 0")
+}
+
+fn fraction(text: &str) -> Result<f32, String> {
+    number(text, |x| (0.0..=1.0).contains(&x), "a number from 0 to 1")
+}
+
+fn factor(text: &str) -> Result<f32, String> {
+    number(text, |x| x > 0.0, "a number above 0")
+}
+
+/// Refuses ids that the vocabulary does not have.
+fn check_ids(ids: &[u32], vocab: usize) -> Result<()> {
+    match ids.iter().find(|id| **id as usize >= vocab) {
+        Some(id) => bail!("--token-ids: {id} is not in the vocabulary, whose ids are 0 to {}", vocab - 1),
+        None => Ok(()),
+    }
+}
+
+/// Refuses an output that could not be written once the work is done.
+fn check_output(path: &Path) -> Result<()> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    ensure!(folder.is_dir(), "writing {}: there is no folder {}", path.display(), folder.display());
+    ensure!(!path.is_dir(), "writing {}: it is a folder; give the name of a file", path.display());
+    Ok(())
+}
+
+/// Text of a zero-padded field.
+fn label(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned()
+}

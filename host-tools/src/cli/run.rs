@@ -1,0 +1,313 @@
+//! `forebay run`
+
+use std::io::Write;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use forebay_runtime::open::Image;
+use forebay_runtime::sample::{Sampler, SamplerParams};
+use forebay_runtime::tokenizer::{EncodeOptions, Tokenizer};
+use serde::Serialize;
+
+use super::{MachineArgs, ModelArgs, SampleArgs, check_ids, label};
+use crate::host::generate::{Generated, Until, generate, rate};
+use crate::host::models::Found;
+use crate::host::session::{self, Extra, Request, Session, Setup};
+use crate::host::size::bytes_text;
+use crate::host::template::{Message, Template};
+
+/// Tokens that are generated unless it is said.
+const DEFAULT_COUNT: usize = 200;
+
+#[derive(Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// The text to go on from [default, for the bundled model: "Once upon a time"]
+    #[arg(short, long, value_name = "TEXT")]
+    prompt: Option<String>,
+    /// Ids to go on from, instead of a text
+    #[arg(long, value_name = "ID,ID,…", value_delimiter = ',', conflicts_with_all = ["prompt", "chat", "system"])]
+    token_ids: Option<Vec<u32>>,
+    /// Most tokens to generate [default: 200, or what the context leaves]
+    #[arg(short, long, value_name = "N", value_parser = super::positive)]
+    n: Option<usize>,
+    /// Tokens of prompt and answer together [default: as many as are wanted]
+    #[arg(short, long, value_name = "TOKENS", value_parser = super::positive)]
+    context: Option<usize>,
+    /// Put the prompt to the model as a question, by its chat template
+    #[arg(long)]
+    chat: bool,
+    /// Begin the conversation with this system text (implies --chat)
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    #[command(flatten)]
+    sample: SampleArgs,
+    #[command(flatten)]
+    machine: MachineArgs,
+    /// Print only what is generated, not the prompt before it
+    #[arg(long)]
+    no_display_prompt: bool,
+    /// Print a line of JSON after the text
+    #[arg(long)]
+    json: bool,
+}
+
+/// The prompt as the model gets it.
+enum Prompt {
+    Ids(Vec<u32>),
+    Text { text: String, options: EncodeOptions },
+}
+
+/// What is known before the arena is taken.
+struct Prepared {
+    prompt: Prompt,
+    setup: Setup,
+    count: usize,
+    params: SamplerParams,
+    name: String,
+}
+
+/// The line of JSON.
+#[derive(Serialize)]
+struct Report<'r> {
+    text: &'r str,
+    tokens: &'r [u32],
+    prompt_tokens: usize,
+    prompt_tok_s: f64,
+    gen_tokens: usize,
+    gen_tok_s: f64,
+    arena_bytes: u64,
+    pool_bytes: u64,
+    streamed_bytes_total: u64,
+    cache: Cache,
+    stall_s: f64,
+    image_bytes: u64,
+    stop: &'static str,
+    backend: &'static str,
+    threads: usize,
+    store: &'r str,
+    seed: u64,
+    retries: u64,
+    peak_rss_bytes: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct Cache {
+    hits: u64,
+    misses: u64,
+    bytes_read: u64,
+}
+
+pub fn main(args: &RunArgs) -> Result<()> {
+    let backend = args.machine.backend()?;
+    let found = args.model.find()?;
+    let prepared = found.file.probe(|image, tokenizer| prepare(args, &found, backend, image, tokenizer))?;
+    let Prepared { prompt, setup, count, params, name } = prepared;
+    let threads = setup.threads;
+    session::run(&found.file, setup, |session| {
+        let to = match &prompt {
+            Prompt::Ids(ids) => {
+                session.history[..ids.len()].copy_from_slice(ids);
+                ids.len()
+            }
+            Prompt::Text { text, options } => session.encode(text, *options, 0)?,
+        };
+        let mut out = std::io::stdout().lock();
+        if let (Some(text), false) = (&args.prompt, args.no_display_prompt || args.json || args.chats()) {
+            write!(out, "{text}")?;
+        } else if args.prompt.is_none() && args.token_ids.is_none() && !args.json && !args.no_display_prompt {
+            write!(out, "{DEFAULT_PROMPT}")?;
+        }
+        out.flush()?;
+        let until = Until { count, ignore_eos: args.sample.ignore_eos };
+        let mut show = |part: &str| Ok(out.write_all(part.as_bytes()).and_then(|()| out.flush())?);
+        let made = generate(session, 0, to, until, &mut Sampler::new(params), &mut show)?;
+        writeln!(out)?;
+        summary(session, &made, to, threads, &params, &name);
+        if args.json {
+            writeln!(out, "{}", serde_json::to_string(&report(session, &made, to, threads, &params))?)?;
+        }
+        Ok(())
+    })
+}
+
+/// The bundled model's prompt.
+const DEFAULT_PROMPT: &str = "Once upon a time";
+
+impl RunArgs {
+    fn chats(&self) -> bool {
+        self.chat || self.system.is_some()
+    }
+
+    /// The prompt, and its ids.
+    fn prompt(&self, found: &Found, vocab: usize, tokenizer: Option<Tokenizer<'_>>) -> Result<(Prompt, usize, usize)> {
+        if let Some(ids) = &self.token_ids {
+            check_ids(ids, vocab)?;
+            return Ok((Prompt::Ids(ids.clone()), ids.len(), 0));
+        }
+        let text = match &self.prompt {
+            Some(text) => text.as_str(),
+            None if found.bundled => DEFAULT_PROMPT,
+            None => bail!("there is no prompt; give one with -p TEXT or --token-ids"),
+        };
+        ensure!(!text.is_empty(), "the prompt is empty; give a text with -p or ids with --token-ids");
+        let path = found.file.path.display();
+        let tokenizer = tokenizer.with_context(|| format!("{path} has no tokenizer; give --token-ids"))?;
+        let (text, add_bos) = if self.chats() {
+            let template = Template::load(&found.file, &tokenizer)?;
+            let system = self.system.as_ref().map(|system| Message::new("system", system));
+            let messages: Vec<Message> = system.into_iter().chain([Message::new("user", text)]).collect();
+            let text = template.render(&messages, true)?;
+            let add_bos = tokenizer.add_bos() && !template.has_bos(&text);
+            (text, add_bos)
+        } else {
+            (text.to_owned(), tokenizer.add_bos())
+        };
+        let options = EncodeOptions { add_bos, parse_special: true };
+        let (ids, scratch) = session::encode(&tokenizer, &text, options)?;
+        ensure!(!ids.is_empty(), "the prompt has no tokens; give a longer one with -p, or --token-ids");
+        Ok((Prompt::Text { text, options }, ids.len(), scratch))
+    }
+}
+
+fn prepare(
+    args: &RunArgs,
+    found: &Found,
+    backend: forebay_kernels::exec::Backend,
+    image: &Image<'_>,
+    tokenizer: Option<Tokenizer<'_>>,
+) -> Result<Prepared> {
+    let model = image.model();
+    let (prompt, ids, scratch) = args.prompt(found, model.vocab(), tokenizer)?;
+    let wanted = ids.saturating_add(args.n.unwrap_or(DEFAULT_COUNT));
+    let context = args.context.unwrap_or(wanted.min(model.context()).max(1));
+    ensure!(
+        ids <= context,
+        "the prompt has {ids} tokens but the context only {context}; give a shorter prompt{}",
+        if context < model.context() { ", or a longer context with -c" } else { "" }
+    );
+    let params = args.sample.params(model.record());
+    let threads = args.machine.threads();
+    let request = Request {
+        context,
+        batch: args.machine.batch.min(ids),
+        logit_rows: 1,
+        kv: args.machine.kv(model),
+        threads,
+        extra: Extra { candidates: Sampler::candidates(&params, model.vocab()), scratch },
+    };
+    let plan = session::plan(&found.file, image, &request, &args.machine.ram(found.bundled))?;
+    let record = model.record();
+    let name = format!("{} ({}, {})", label(&record.name), label(&record.family), label(&record.weights_label));
+    let setup = Setup {
+        plan,
+        extra: request.extra,
+        backend,
+        threads,
+        store: args.machine.store(),
+        with_tokenizer: tokenizer.is_some(),
+    };
+    Ok(Prepared { prompt, setup, count: args.n.unwrap_or(DEFAULT_COUNT), params, name })
+}
+
+fn report<'r>(
+    session: &'r Session<'_, '_>,
+    made: &'r Generated,
+    prompt: usize,
+    threads: usize,
+    params: &SamplerParams,
+) -> Report<'r> {
+    let stats = session.engine.stats();
+    let plan = session.engine.plan();
+    Report {
+        text: &made.text,
+        tokens: &made.tokens,
+        prompt_tokens: prompt,
+        prompt_tok_s: rate(prompt, made.prompt_time),
+        gen_tokens: made.tokens.len(),
+        gen_tok_s: made.decode_rate(),
+        arena_bytes: plan.limits.arena,
+        pool_bytes: plan.pool,
+        streamed_bytes_total: session.streamed_len,
+        cache: Cache { hits: stats.hits, misses: stats.misses, bytes_read: stats.unit_bytes },
+        stall_s: session.stalled().as_secs_f64(),
+        image_bytes: session.file.len,
+        stop: made.stop.name(),
+        backend: session.backend(),
+        threads,
+        store: &session.store_name,
+        seed: params.seed,
+        retries: stats.retries,
+        peak_rss_bytes: session::peak_rss(),
+    }
+}
+
+/// The table on standard error.
+fn summary(
+    session: &Session<'_, '_>,
+    made: &Generated,
+    prompt: usize,
+    threads: usize,
+    params: &SamplerParams,
+    name: &str,
+) {
+    let stats = session.engine.stats();
+    let total = made.prompt_time + made.decode_time;
+    eprintln!();
+    let line = |what: &str, text: String| eprintln!("{what:<11} {text}");
+    line("model", format!("{name}, image of {}", bytes_text(session.file.len)));
+    line("prompt", format!("{prompt} tokens, {:.1} tok/s", rate(prompt, made.prompt_time)));
+    line(
+        "generation",
+        format!("{} tokens, {:.1} tok/s, ended by {}", made.tokens.len(), made.decode_rate(), made.stop.name()),
+    );
+    memory_lines(session, &line);
+    let uses = stats.hits + stats.misses;
+    let share = if uses == 0 { 0.0 } else { 100.0 * stats.hits as f64 / uses as f64 };
+    line(
+        "units",
+        format!(
+            "{} hits ({share:.1} %), {} misses, {} read ahead; {} read, {} reads repeated",
+            stats.hits,
+            stats.misses,
+            stats.prefetched,
+            bytes_text(stats.unit_bytes),
+            stats.retries
+        ),
+    );
+    line("stalled", format!("{:.3} s of {:.3} s", session.stalled().as_secs_f64(), total.as_secs_f64()));
+    line("machine", format!("{}, {threads} threads; {}", session.backend(), session.store_name));
+    let sampling = match params.temperature > 0.0 {
+        true => format!(
+            "temperature {}, top-k {}, top-p {}, min-p {}, seed {}",
+            params.temperature, params.top_k, params.top_p, params.min_p, params.seed
+        ),
+        false => "greedy".to_owned(),
+    };
+    line("sampling", sampling);
+}
+
+/// The arena and its pool.
+pub fn memory_lines(session: &Session<'_, '_>, line: &dyn Fn(&str, String)) {
+    let plan = session.engine.plan();
+    let own = plan.bookkeeping + plan.limits.reserved;
+    line(
+        "arena",
+        format!(
+            "{}: tables {}, resident {}, state {}, working {}, own {}, pool {}",
+            bytes_text(plan.limits.arena),
+            bytes_text(plan.tables),
+            bytes_text(plan.resident),
+            bytes_text(plan.state),
+            bytes_text(plan.working),
+            bytes_text(own),
+            bytes_text(plan.pool)
+        ),
+    );
+    let share = 100.0 * plan.pool as f64 / (session.streamed_len as f64).max(1.0);
+    line(
+        "pool",
+        format!("{} units, {share:.1} % of the {} that are streamed", plan.slots, bytes_text(session.streamed_len)),
+    );
+}

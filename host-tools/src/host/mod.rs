@@ -1,0 +1,9 @@
+//! What the subcommands share: finding an image, running it, talking to it.
+
+pub mod generate;
+pub mod models;
+pub mod npy;
+pub mod session;
+pub mod size;
+pub mod store;
+pub mod template;
