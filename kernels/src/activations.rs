@@ -1,9 +1,10 @@
 //! Quantised activations: what a quantised matrix multiplies.
 //!
 //! Each token's vector is cut into groups of the weights' group length; a group becomes signed integers of 7
-//! or 8 bits and one scale. Weights of at most 4 bits take 7 bits, so that all subset sums of four
+//! or 8 bits and one scale. Weights with a field of 1 bit take 7 bits, so that all subset sums of four
 //! activations, offset to be non-negative, fit a byte *exactly*: look-up tables and dot-product instructions
-//! then give the same integers. The noise of 7 bits (below 1e-4 of the energy) is far below the weights' own.
+//! then give the same integers. All others take 8 bits, which quarters the noise: `docs/BENCHMARKS.md` has what
+//! that is worth in perplexity.
 
 use crate::exec::Exec;
 use crate::weights::{Encoding, MatrixShape};
@@ -14,7 +15,7 @@ use core::ops::Range;
 pub struct ActSpec {
     /// Elements per scale: 32, 64 or 128.
     pub group: u8,
-    /// 7 (for weights of at most 4 bits) or 8 (for weights of 8 bits).
+    /// 7 with tables, else 8.
     pub bits: u8,
     /// Whether the matrix has fields of 1 bit, which are multiplied by table look-up.
     pub tables: bool,
@@ -28,7 +29,7 @@ impl MatrixShape {
         };
         let widths = quant.fields.widths();
         let tables = widths[0] == 1 || widths[1] == 1 || widths[2] == 1 || widths[3] == 1;
-        let bits = if quant.fields.bits() == 8 { 8 } else { 7 };
+        let bits = if tables { 7 } else { 8 };
         Some(ActSpec { group: quant.group.len() as u8, bits, tables })
     }
 }

@@ -157,23 +157,25 @@ impl<'a> QuantBlock<'a> {
 
 /// Adds to `sums` the products of one group of a field of `8 / PER` bits (2 or 4 weights a byte) with the
 /// activations `q`. Lane `4r + t` of a half holds row r's sum over K = t modulo 4; in 16 bits, which is enough for
-/// 128 K: 32 * 15 * 63 < 2^15.
+/// 64 K: 16 * 15 * 127 < 2^15.
 #[inline(always)]
 fn narrow_field<const PER: usize>(field: &[u8], q: &[u8], shift: u32, sums: &mut [i32; ROW_BLOCK]) {
-    let mut lanes = [[0i16; 16]; 8];
-    for (block, q) in field.as_chunks::<128>().0.iter().zip(q.chunks_exact(4 * PER)) {
-        for (i, q) in q.as_chunks::<4>().0.iter().enumerate() {
-            let q: [i16; 16] = core::array::from_fn(|l| i16::from(q[l % 4] as i8));
-            for (lanes, bytes) in lanes.iter_mut().zip(block.as_chunks::<16>().0) {
-                for l in 0..16 {
-                    let code = bytes[l] >> (8 / PER * i) & (0xff >> (8 - 8 / PER));
-                    lanes[l] += i16::from(code) * q[l];
+    for (field, q) in field.chunks(64 * ROW_BLOCK / PER).zip(q.chunks(64)) {
+        let mut lanes = [[0i16; 16]; 8];
+        for (block, q) in field.as_chunks::<128>().0.iter().zip(q.chunks_exact(4 * PER)) {
+            for (i, q) in q.as_chunks::<4>().0.iter().enumerate() {
+                let q: [i16; 16] = core::array::from_fn(|l| i16::from(q[l % 4] as i8));
+                for (lanes, bytes) in lanes.iter_mut().zip(block.as_chunks::<16>().0) {
+                    for l in 0..16 {
+                        let code = bytes[l] >> (8 / PER * i) & (0xff >> (8 - 8 / PER));
+                        lanes[l] += i16::from(code) * q[l];
+                    }
                 }
             }
         }
-    }
-    for (sum, lanes) in sums.iter_mut().zip(lanes.as_flattened().as_chunks::<4>().0) {
-        *sum += lanes.iter().map(|&lane| i32::from(lane)).sum::<i32>() << shift;
+        for (sum, lanes) in sums.iter_mut().zip(lanes.as_flattened().as_chunks::<4>().0) {
+            *sum += lanes.iter().map(|&lane| i32::from(lane)).sum::<i32>() << shift;
+        }
     }
 }
 
@@ -218,7 +220,7 @@ pub(crate) fn quant_tile(block: &QuantBlock<'_>, acts: &Acts<'_>, first: usize, 
     for (t, out) in out.iter_mut().enumerate() {
         let acts = acts.token(first + t);
         *out = [0.0; ROW_BLOCK];
-        for (group, q) in acts.codes.chunks_exact(len).enumerate() {
+        for (group, q) in acts.codes.chunks_exact(len).enumerate().take(block.groups) {
             let mut sums = [0; ROW_BLOCK];
             for level in 0..block.levels {
                 let (width, shift) = block.field(level);

@@ -25,7 +25,7 @@ pub(crate) fn get() -> Option<&'static dyn Kernels> {
 pub(super) trait Dot: Copy {
     /// Running sums of four rows.
     type Sum: Copy;
-    /// Calls of [`Dot::dot`] that a sum survives with codes of up to 15 and activations of up to 63.
+    /// Calls of [`Dot::dot`] that a sum survives with codes of up to 15 and activations of up to 127.
     const SAFE_STEPS: usize;
     fn zero(self) -> Self::Sum;
     /// Adds `w[4r + t] * q[4r + t]` to row r's sum.
@@ -37,8 +37,8 @@ pub(super) trait Dot: Copy {
 impl Dot for Neon {
     /// 16 lanes of 16 bits, one per product.
     type Sum = (int16x8_t, int16x8_t);
-    /// 34 * 15 * 63 < 2^15; a group of 128 takes 32. Products of 8-bit weights reach 2^14, two of them fit.
-    const SAFE_STEPS: usize = 34;
+    /// 17 * 15 * 127 < 2^15. Products of 8-bit weights reach 2^14, two of them fit.
+    const SAFE_STEPS: usize = 17;
     #[inline(always)]
     fn zero(self) -> Self::Sum {
         // SAFETY: NEON is there.
@@ -220,30 +220,35 @@ unsafe fn field_of<D: Dot, const PER: usize, const T: usize, const V: usize>(
     shift: u32,
     sums: &mut Sums<T, V>,
 ) {
-    const { assert!(D::SAFE_STEPS * 4 >= 128) };
-    let mut partial = [[dot.zero(); V]; T];
-    for at in (0..k).step_by(4 * PER) {
-        // SAFETY: the caller's promise. NEON is there.
-        unsafe {
-            let mut codes: [uint8x16_t; V] = core::array::from_fn(|v| vld1q_u8(w.add(16 * v)));
-            for i in 0..PER {
-                let a: [int8x16_t; T] = core::array::from_fn(|t| broadcast(q[t].add(at + 4 * i)));
-                for v in 0..V {
-                    let mask = vdupq_n_u8(0xff >> (8 - 8 / PER));
-                    let field = vreinterpretq_s8_u8(vandq_u8(codes[v], mask));
-                    codes[v] = if PER == 2 { vshrq_n_u8::<4>(codes[v]) } else { vshrq_n_u8::<2>(codes[v]) };
-                    for t in 0..T {
-                        partial[t][v] = dot.dot(partial[t][v], field, a[t]);
+    /// K that are summed before the sums are widened: whole 16s that [`Dot::SAFE_STEPS`] allows.
+    const fn span(safe_steps: usize) -> usize {
+        safe_steps * 4 / 16 * 16
+    }
+    for start in (0..k).step_by(span(D::SAFE_STEPS)) {
+        let mut partial = [[dot.zero(); V]; T];
+        for at in (start..k.min(start + span(D::SAFE_STEPS))).step_by(4 * PER) {
+            // SAFETY: the caller's promise. NEON is there.
+            unsafe {
+                let mut codes: [uint8x16_t; V] = core::array::from_fn(|v| vld1q_u8(w.add(16 * v)));
+                for i in 0..PER {
+                    let a: [int8x16_t; T] = core::array::from_fn(|t| broadcast(q[t].add(at + 4 * i)));
+                    for v in 0..V {
+                        let mask = vdupq_n_u8(0xff >> (8 - 8 / PER));
+                        let field = vreinterpretq_s8_u8(vandq_u8(codes[v], mask));
+                        codes[v] = if PER == 2 { vshrq_n_u8::<4>(codes[v]) } else { vshrq_n_u8::<2>(codes[v]) };
+                        for t in 0..T {
+                            partial[t][v] = dot.dot(partial[t][v], field, a[t]);
+                        }
                     }
                 }
             }
+            w = w.wrapping_add(128);
         }
-        w = w.wrapping_add(128);
-    }
-    for t in 0..T {
-        for v in 0..V {
-            // SAFETY: NEON is there.
-            sums[t][v] = unsafe { vmlaq_n_s32(sums[t][v], dot.rows(partial[t][v]), 1 << shift) };
+        for t in 0..T {
+            for v in 0..V {
+                // SAFETY: NEON is there.
+                sums[t][v] = unsafe { vmlaq_n_s32(sums[t][v], dot.rows(partial[t][v]), 1 << shift) };
+            }
         }
     }
 }

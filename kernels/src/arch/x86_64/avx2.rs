@@ -310,8 +310,8 @@ unsafe fn field4<const T: usize, const V: usize>(
     shift: u32,
     sums: &mut Sums<T, V>,
 ) {
-    /// A step adds at most 4 * 15 * 63 to a 16-bit lane, so that 8 steps of 8 K fit.
-    const SAFE_K: usize = 64;
+    /// A step adds at most 4 * 15 * 127 to a 16-bit lane, so that 4 steps of 8 K fit.
+    const SAFE_K: usize = 32;
     let mask = _mm256_set1_epi8(15);
     let mut at = 0;
     while at < k {
@@ -337,7 +337,7 @@ unsafe fn field4<const T: usize, const V: usize>(
     }
 }
 
-/// Adds the products of `k` weights a row in a field of 2 bits. A 16-bit lane gets at most `k * 3 * 63 / 2`, which
+/// Adds the products of `k` weights a row in a field of 2 bits. A 16-bit lane gets at most `k * 3 * 127 / 2`, which
 /// fits for k = 128.
 ///
 /// # Safety
