@@ -192,3 +192,72 @@ pub fn table(head_dim: u32, theta: f64, scaling: &Scaling) -> Rope {
     };
     Rope { inv_freq: inv_freq.into_iter().map(|x| x as f32).collect(), mscale: mscale as f32 }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn near(found: &[f32], expected: &[f64]) {
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((f64::from(*found) / expected - 1.0).abs() < 1e-6, "{found}, expected {expected}");
+        }
+    }
+
+    #[test]
+    fn plain_and_linear() {
+        near(&table(8, 10_000.0, &Scaling::None).inv_freq, &[1.0, 0.1, 0.01, 0.001]);
+        let linear = table(8, 10_000.0, &Scaling::Linear { factor: 4.0 });
+        near(&linear.inv_freq, &[0.25, 0.025, 0.0025, 0.000_25]);
+        assert_eq!(linear.mscale, 1.0);
+    }
+
+    #[test]
+    fn llama3_divides_as_llama_cpp_s_converter() {
+        // `rope_freqs.weight` that convert_hf_to_gguf.py wrote for the same parameters.
+        let divisors = [1.0, 2.442_259_550_094_604_5, 8.0, 8.0, 8.0, 8.0, 8.0, 8.0];
+        let scaling = Scaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 64.0 };
+        let found = table(16, 500_000.0, &scaling);
+        let expected: Vec<f64> = (0..8).map(|i| 500_000f64.powf(-f64::from(i) / 8.0) / divisors[i as usize]).collect();
+        near(&found.inv_freq, &expected);
+    }
+
+    #[test]
+    fn yarn_blends_as_transformers() {
+        // From `_compute_yarn_parameters`, evaluated apart.
+        let yarn = |original| Scaling::Yarn {
+            factor: 4.0,
+            original,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            truncate: true,
+            attention_factor: yarn_mscale(4.0, 1.0),
+        };
+        let small = table(16, 10_000.0, &yarn(32.0));
+        let expected = [
+            1.0,
+            0.197_642_353_760_523_72,
+            0.025,
+            0.007_905_694_150_420_948,
+            0.002_5,
+            0.000_790_569_415_042_094_7,
+            0.000_25,
+            7.905_694_150_420_948e-5,
+        ];
+        near(&small.inv_freq, &expected);
+        assert!((small.mscale - 1.138_629_4).abs() < 1e-6);
+        let large = table(64, 10_000.0, &yarn(2048.0));
+        let every_fourth: Vec<f32> = large.inv_freq.iter().step_by(4).copied().collect();
+        let expected = [
+            1.0,
+            0.316_227_766_016_837_94,
+            0.1,
+            0.024_325_212_770_525_993,
+            0.005_384_615_384_615_384,
+            0.000_973_008_510_821_039_6,
+            0.000_25,
+            7.905_694_150_420_948e-5,
+        ];
+        near(&every_fourth, &expected);
+    }
+}
