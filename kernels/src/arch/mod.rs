@@ -73,7 +73,7 @@ pub(crate) trait Kernels: Sync {
         float::dot(a, b)
     }
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-        math::rms_norm(x, weight, eps, out);
+        math::rms_norm(self.dot(x, x), x, weight, eps, out);
     }
     fn softmax(&self, x: &mut [f32]) {
         math::softmax(x);

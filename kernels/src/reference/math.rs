@@ -70,10 +70,10 @@ pub(crate) fn softmax(x: &mut [f32]) {
     }
 }
 
-/// RMS norm: `x * (1 / sqrt(sum(x^2) / n + eps)) * weight`.
+/// RMS norm: `x * (1 / sqrt(square / n + eps)) * weight`, `square` being the inner product of `x` with itself.
 #[inline(always)]
-pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let mean = float::dot(x, x) / x.len() as f32;
+pub(crate) fn rms_norm(square: f32, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let mean = square / x.len() as f32;
     let inverse = 1.0 / libm::sqrtf(mean + eps);
     for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
         *o = x * inverse * w;

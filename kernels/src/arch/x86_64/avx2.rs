@@ -74,13 +74,16 @@ impl Kernels for Avx2 {
     }
 }
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,f16c")]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
-    float::dot(a, b)
+    // SAFETY: any four bytes of an f32 are bytes.
+    let bytes = unsafe { core::slice::from_raw_parts(b.as_ptr().cast::<u8>(), size_of_val(b)) };
+    let [sum] = dots::<F32, 1>(4, [bytes], a);
+    sum
 }
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,f16c")]
 fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    math::rms_norm(x, weight, eps, out);
+    math::rms_norm(dot(x, x), x, weight, eps, out);
 }
 #[target_feature(enable = "avx2")]
 fn softmax(x: &mut [f32]) {
