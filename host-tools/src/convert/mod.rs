@@ -23,8 +23,9 @@ use zerocopy::FromZeros;
 pub use encode::{Tally, encoding_name};
 
 use crate::arch::{self, Architecture, FeedForward, Mixer, Model};
-use crate::gguf;
+use crate::gguf::{self, Gguf};
 use crate::source::{Fields, Format, Key, Source, read_json};
+use crate::tokenizer::{GgufTokenizer, TokenizerSource, from_gguf_fields};
 
 /// Encoding that weights are asked to have.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -225,7 +226,7 @@ pub fn convert(
     let mut plan = plan::plan(&source, architecture, &description, options)?;
     let sampling = sampling(&source)?;
     let mut notices = core::mem::take(&mut plan.notices);
-    let tokenizer = tokenizer(&source, &mut notices)?;
+    let tokenizer = tokenizer(&source, &mut notices).with_context(|| model.display().to_string())?;
     let chat_template = chat_template(&source)?;
     for notice in &notices {
         progress.message(notice);
@@ -348,9 +349,79 @@ fn metadata(source: &Source, name: &str, label: &str, options: &ConvertOptions) 
 
 /// The TOKENIZER section, if the source has a tokenizer.
 fn tokenizer(source: &Source, notices: &mut Vec<String>) -> Result<Option<Vec<u8>>> {
-    let _ = source;
-    notices.push("the model has no tokenizer: the image will take and give token ids only".into());
-    Ok(None)
+    let found = match &source.format {
+        Format::HuggingFace if source.path.join("tokenizer.json").is_file() => {
+            Some(TokenizerSource::from_hf_dir(&source.path)?)
+        }
+        Format::HuggingFace => None,
+        Format::Gguf(header) => gguf_tokenizer(header)?,
+    };
+    if found.is_none() {
+        notices.push("the model has no tokenizer: the image takes and gives token ids only".into());
+    }
+    found.map(|tokenizer| crate::tokenizer::build(&tokenizer)).transpose()
+}
+
+/// The tokenizer in the metadata of a GGUF file; `None` if it has none.
+fn gguf_tokenizer(header: &Gguf) -> Result<Option<TokenizerSource>> {
+    use gguf::Value;
+    let get = |key: &str| header.get(&format!("tokenizer.ggml.{key}"));
+    let wrong = |key: &str, found: &Value| {
+        let found: String = format!("{found:?}").chars().take(60).collect();
+        anyhow::anyhow!("tokenizer.ggml.{key} is of another type than expected: {found}")
+    };
+    let text = |key| match get(key) {
+        None => Ok(None),
+        Some(Value::Text(s)) => Ok(Some(s.as_str())),
+        Some(other) => Err(wrong(key, other)),
+    };
+    let texts = |key| match get(key) {
+        None => Ok(&[][..]),
+        Some(Value::Texts(list)) => Ok(list.as_slice()),
+        Some(other) => Err(wrong(key, other)),
+    };
+    let flag = |key| match get(key) {
+        None => Ok(None),
+        Some(Value::Bool(b)) => Ok(Some(*b)),
+        Some(other) => Err(wrong(key, other)),
+    };
+    let id = |key| match get(key) {
+        None => Ok(None),
+        Some(Value::Int(n)) => Ok(u32::try_from(*n).ok()),
+        Some(other) => Err(wrong(key, other)),
+    };
+    let Some(model) = text("model")?.filter(|model| *model != "none" && *model != "no_vocab") else {
+        return Ok(None);
+    };
+    let token_types: Vec<i32> = match get("token_type") {
+        None => Vec::new(),
+        // A type beyond 32 bits is none that is known.
+        Some(Value::Ints(list)) => list.iter().map(|n| i32::try_from(*n).unwrap_or(0)).collect(),
+        Some(other) => return Err(wrong("token_type", other)),
+    };
+    let scores = match get("scores") {
+        None => &[][..],
+        Some(Value::Floats(list)) => list.as_slice(),
+        Some(other) => return Err(wrong("scores", other)),
+    };
+    let mut eos = Vec::new();
+    for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
+        eos.extend(id(key)?);
+    }
+    let fields = GgufTokenizer {
+        model,
+        pre: text("pre")?,
+        tokens: texts("tokens")?,
+        token_types: &token_types,
+        merges: texts("merges")?,
+        scores,
+        bos: id("bos_token_id")?,
+        eos,
+        unknown: id("unknown_token_id")?,
+        add_bos: flag("add_bos_token")?,
+        add_space_prefix: flag("add_space_prefix")?,
+    };
+    from_gguf_fields(&fields).map(Some)
 }
 
 /// The chat template, if the source has one.
