@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 use std::str::FromStr;
+use std::sync::LazyLock;
 
 use forebay::tokenizer::{TokenizerSource, build};
 use forebay_runtime::tokenizer::{EncodeOptions, Tokenizer};
@@ -22,7 +23,9 @@ pub const QWEN2: &str =
 pub struct Pair {
     pub name: &'static str,
     pub oracle: tokenizers::Tokenizer,
-    pub section: Vec<u8>,
+    /// Lives as long as the test.
+    pub section: &'static [u8],
+    pub ours: Tokenizer<'static>,
     /// Added tokens, to be scattered over the texts.
     pub added: Vec<String>,
 }
@@ -31,12 +34,18 @@ impl Pair {
     pub fn new(name: &'static str, json: &Value, config: &Value) -> Self {
         let oracle = tokenizers::Tokenizer::from_str(&json.to_string()).unwrap();
         let source = TokenizerSource::from_hf_json(json, config, &Value::Null).unwrap();
-        let added = source.added.iter().map(|token| token.content.clone()).collect();
-        Self { name, oracle, section: build(&source).unwrap(), added }
+        Self::of(name, oracle, &source)
     }
 
-    pub fn ours(&self) -> Tokenizer<'_> {
-        Tokenizer::parse(&self.section).unwrap()
+    pub fn of(name: &'static str, oracle: tokenizers::Tokenizer, source: &TokenizerSource) -> Self {
+        let section: &[u8] = build(source).unwrap().leak();
+        Self {
+            name,
+            oracle,
+            section,
+            ours: Tokenizer::parse(section).unwrap(),
+            added: source.added.iter().map(|token| token.content.clone()).collect(),
+        }
     }
 }
 
@@ -138,12 +147,8 @@ fn template(bos: &str, id: u32) -> Value {
 
 pub fn tiny() -> Pair {
     let source = TokenizerSource::from_hf_dir(TINY).unwrap();
-    Pair {
-        name: "tiny (GPT-2)",
-        oracle: tokenizers::Tokenizer::from_file(format!("{TINY}/tokenizer.json")).unwrap(),
-        section: build(&source).unwrap(),
-        added: source.added.into_iter().map(|token| token.content).collect(),
-    }
+    let oracle = tokenizers::Tokenizer::from_file(format!("{TINY}/tokenizer.json")).unwrap();
+    Pair::of("tiny (GPT-2)", oracle, &source)
 }
 
 pub fn smollm() -> Pair {
@@ -419,7 +424,7 @@ const WHITE: [&str; 12] = [" ", "  ", "   ", "        ", "\n", "\n\n", "\r\n", "
 
 /// A text of mixed scripts, words, numbers, white space, control characters and added tokens.
 pub fn text(random: &mut Random, added: &[String]) -> String {
-    let words: Vec<&str> = MULTILINGUAL.split(' ').collect();
+    static WORDS: LazyLock<Vec<&str>> = LazyLock::new(|| MULTILINGUAL.split(' ').collect());
     let mut text = String::new();
     let parts = 1 + random.below(14);
     for _ in 0..parts {
@@ -427,9 +432,9 @@ pub fn text(random: &mut Random, added: &[String]) -> String {
             0 | 1 => text.push_str(random.pick::<&str>(&WHITE)),
             2 | 3 => {
                 text.push(' ');
-                text.push_str(random.pick::<&str>(&words));
+                text.push_str(random.pick::<&str>(&WORDS));
             }
-            4 => text.push_str(random.pick::<&str>(&words)),
+            4 => text.push_str(random.pick::<&str>(&WORDS)),
             5 | 6 => text.push_str(random.pick::<&str>(&SNIPPETS)),
             7 => {
                 let &(low, high) = random.pick(&SCRIPTS);

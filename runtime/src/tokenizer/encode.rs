@@ -22,8 +22,9 @@ impl Tokenizer<'_> {
         max_piece_bytes.saturating_add(1).saturating_mul(WORDS_PER_SYMBOL)
     }
 
-    /// Writes the ids of `text` to the start of `out` and gives their number, which is at most the
-    /// number of bytes of `text` plus two (one each for `bos` and for SentencePiece's first space).
+    /// Writes the ids of `text` to the start of `out` and gives their number: for byte-level models at
+    /// most one for each byte, for SentencePiece-style ones at most one more for each stretch
+    /// between added tokens (its first space), and one for `bos`. So `2 * text.len() + 1` always do.
     ///
     /// # Errors
     ///

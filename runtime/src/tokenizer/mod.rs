@@ -160,8 +160,13 @@ impl Packed<'_> {
     /// Element `i`, which the caller knows to exist.
     fn get(&self, i: usize) -> u32 {
         let at = i * self.width;
-        let element = &self.bytes[at..at + self.width];
-        element.iter().rev().fold(0, |value, &byte| value << 8 | u32::from(byte))
+        match self.bytes[at..at + self.width] {
+            [a, b] => u32::from_le_bytes([a, b, 0, 0]),
+            [a, b, c] => u32::from_le_bytes([a, b, c, 0]),
+            [a, b, c, d] => u32::from_le_bytes([a, b, c, d]),
+            // `parse` lets no other width through.
+            _ => 0,
+        }
     }
 }
 
