@@ -12,6 +12,7 @@ use core::ops::Range;
 
 /// What a quantised matrix wants of its input. Matrices with equal specifications share one quantised input.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct ActSpec {
     /// Elements per scale: 32, 64 or 128.
     pub group: u8,

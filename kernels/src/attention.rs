@@ -7,6 +7,7 @@ use crate::matmul::parts;
 
 /// Element format of the cache.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum KvFormat {
     /// IEEE binary32.
     F32,
@@ -29,6 +30,7 @@ impl KvFormat {
 
 /// Shape of one layer's cache of keys, or of values: `[kv_heads][capacity][head_dim]`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct KvShape {
     /// Heads of keys and values.
     pub kv_heads: usize,

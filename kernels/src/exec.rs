@@ -42,7 +42,12 @@ impl Backend {
     ///
     /// With feature `std` the CPU is asked; without it the target features of the build decide.
     pub fn detect() -> Self {
-        arch::best().map_or_else(Self::scalar, Self)
+        let best = arch::best().map_or_else(Self::scalar, Self);
+        #[cfg(feature = "log")]
+        log::debug!("back-end {}", best.name());
+        #[cfg(feature = "defmt")]
+        defmt::debug!("back-end {}", best.name());
+        best
     }
     /// The back-end called `name`, if this CPU has it.
     pub fn by_name(name: &str) -> Option<Self> {

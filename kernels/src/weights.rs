@@ -30,6 +30,7 @@ pub const MAX_FIELDS: usize = 4;
 /// Number of consecutive K that share one scale.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
 #[repr(u8)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum Group {
     /// 32 weights a scale, as in GGUF's Q4_0, Q4_1 and Q8_0.
     G32 = 5,
@@ -60,6 +61,7 @@ impl Group {
 ///
 /// Valid: `[8]`, or up to four widths from {1, 2, 4} whose sum is 1 to 4.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Fields([u8; MAX_FIELDS]);
 
 impl Fields {
@@ -106,6 +108,7 @@ impl Fields {
 ///
 /// A weight is `scale * (code - zero_x2 / 2) + minimum`, `minimum` being 0 unless `affine`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Quant {
     /// How the code is cut.
     pub fields: Fields,
@@ -119,6 +122,7 @@ pub struct Quant {
 
 /// How the elements of a matrix are stored.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum Encoding {
     /// IEEE binary32.
     F32,
@@ -132,6 +136,7 @@ pub enum Encoding {
 
 /// Rows (outputs), columns (inputs, K) and encoding of a matrix: all that its layout depends on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct MatrixShape {
     /// Output dimension.
     pub rows: u32,

@@ -21,6 +21,7 @@ struct Line([u8; LINE]);
 /// The arena has too few bytes left for a piece.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("the arena has {left} bytes left where {need} are needed")]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct OutOfArena {
     /// Bytes asked for.
     pub need: usize,

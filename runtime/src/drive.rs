@@ -25,6 +25,7 @@ impl Observer for Unobserved {}
 
 /// What [`advance`] reached.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum Reached {
     /// [`Engine::logits`] has `rows` rows, the first for `position`.
     Logits {

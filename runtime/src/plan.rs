@@ -15,6 +15,7 @@ pub const MIN_SLOTS: usize = 2;
 
 /// What the caller allows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Limits {
     /// Bytes of the whole arena, tables included.
     pub arena: u64,
@@ -35,6 +36,7 @@ pub struct Limits {
 /// Why no plan can be made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[non_exhaustive]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum PlanError {
     /// The arena is too small.
     #[error(
@@ -66,6 +68,7 @@ pub enum PlanError {
 
 /// Sizes of the working buffers for a batch; `f32`s unless the name says bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub(crate) struct Working {
     pub residual: usize,
     pub normed: usize,
@@ -188,6 +191,7 @@ pub(crate) fn kv_shape(layer: &LayerShape, context: usize) -> KvShape {
 
 /// Every byte of the arena.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Plan {
     /// The limits the plan was made for.
     pub limits: Limits,
@@ -264,6 +268,8 @@ impl Plan {
         let work = Working::new(model, &limits, batch);
         let slots = ((shared - work.bytes() - LINE as u64) / slot_cost).min(units as u64) as usize;
         usize::try_from(arena).map_err(|_| PlanError::Overflow)?;
+        #[cfg(feature = "log")]
+        log::debug!("arena {arena}: batch {batch}, {slots} of {units} units fit the pool, {least} bytes would do");
         Ok(Self {
             limits,
             tables: image.tables_len(),

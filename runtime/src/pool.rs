@@ -27,6 +27,7 @@ pub struct Slot<'a> {
 
 /// Where a unit is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum Residency {
     /// Not in the pool.
     Absent,

@@ -10,6 +10,7 @@ use rand_pcg::Pcg32;
 
 /// How to sample.
 #[derive(Clone, Copy, PartialEq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct SamplerParams {
     /// Divides the logits before the draw; 0 takes the most probable token.
     pub temperature: f32,

@@ -28,6 +28,7 @@ const GROUP_READ: u32 = 1 << 31;
 
 /// What was being read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum ReadTarget {
     /// The resident tensors of a layer, or of the model ([`NO_LAYER`]).
     Group {
@@ -56,6 +57,7 @@ impl core::fmt::Display for ReadTarget {
 /// Why a read was not good, without the device's own words.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[non_exhaustive]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum ReadFault {
     /// The device reported an error.
     #[error("the device reported an error")]
@@ -77,6 +79,7 @@ pub enum ReadFault {
 /// Why the engine stops.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[non_exhaustive]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum EngineError {
     /// The arena is smaller than its plan.
     #[error("{0}")]
@@ -149,6 +152,7 @@ pub enum EngineError {
 
 /// Which positions' logits are wanted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum Output {
     /// None: the tokens only fill the state.
     None,
@@ -185,6 +189,7 @@ pub enum Step<'a> {
 
 /// A unit chosen for a token.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Choice {
     /// The unit.
     pub unit: u16,
@@ -232,6 +237,7 @@ enum Phase {
 
 /// What was read and used since the engine was made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Stats {
     /// Uses of units that were in the pool, or on their way to it, when their layer came to need them.
     pub hits: u64,
@@ -540,6 +546,16 @@ impl<'a> Engine<'a> {
                 if tries >= READ_ATTEMPTS || self.retrying.insert(id, tries).is_err() {
                     return Err(EngineError::Read { target, offset, len, fault });
                 }
+                #[cfg(feature = "log")]
+                log::warn!("reading {target} (image offset {offset}, {len} bytes) failed: {fault}; it is tried again");
+                #[cfg(feature = "defmt")]
+                defmt::warn!(
+                    "reading {} (image offset {}, {} bytes) failed: {}; it is tried again",
+                    target,
+                    offset,
+                    len,
+                    fault
+                );
                 return Ok(());
             }
         }

@@ -26,6 +26,7 @@ const MAX_VOCAB: u32 = 1 << 22;
 /// Why a model description is refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[non_exhaustive]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum ModelError {
     /// The section is shorter than its records.
     #[error("{section} section: {len} bytes do not hold its records; the image is damaged, convert the model again")]
@@ -107,6 +108,7 @@ pub enum ModelError {
 
 /// A layer, or the part of a model outside of its layers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Place(pub u16);
 
 impl fmt::Display for Place {

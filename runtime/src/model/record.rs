@@ -125,6 +125,7 @@ pub struct ModelRecord {
 /// What mixes positions in a layer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum Operator {
     /// Grouped-query attention.
     Attention = 0,
@@ -135,6 +136,7 @@ pub enum Operator {
 /// How the units of a layer's feed-forward are chosen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum Router {
     /// Dense: every unit (a neuron cluster), in order, with weight 1.
     All = 0,
@@ -199,6 +201,7 @@ pub struct LayerRecord {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[repr(u16)]
 #[non_exhaustive]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum Role {
     /// [vocab, hidden]; also the output head where there is none.
     Embedding = 1,

@@ -8,6 +8,7 @@ use forebay_kernels::weights::{MAX_FIELDS, MatrixRef, MatrixShape};
 /// field `i` of those that have one. Every level is padded to the page, so the first `n` levels are one aligned
 /// read that is a valid unit of lower precision.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct UnitShape {
     /// [unit width, hidden].
     pub gate: MatrixShape,
