@@ -1,0 +1,448 @@
+//! The `forebay` command, run as a process.
+
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+use forebay_storage::image::{SectionKind, Superblock};
+use serde_json::Value;
+
+/// Folder of the bundled model.
+fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-lfm2moe")
+}
+
+/// A folder of this test's own.
+fn scratch(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cli").join(name);
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+fn forebay(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_forebay"));
+    command.args(args).stdin(Stdio::null()).env_remove("FOREBAY_MODELS");
+    command.env("FOREBAY_CACHE", Path::new(env!("CARGO_TARGET_TMPDIR")).join("cli-cache"));
+    command
+}
+
+fn output(args: &[&str]) -> Output {
+    forebay(args).output().unwrap()
+}
+
+/// Standard output of a command that must succeed.
+fn stdout(args: &[&str]) -> String {
+    let out = output(args);
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+/// Standard error of a command that must fail with `code`, which must be one line that says all of `words`.
+fn failure(code: i32, args: &[&str], words: &[&str]) -> String {
+    let out = output(args);
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(code), "{args:?}: {said}");
+    if code == 1 {
+        assert!(said.starts_with("error: ") && said.lines().count() == 1, "{args:?}: {said}");
+    }
+    for word in words {
+        assert!(said.contains(word), "{args:?}: no {word:?} in {said}");
+    }
+    said
+}
+
+/// The bundled model as an image.
+fn image() -> &'static str {
+    static IMAGE: OnceLock<String> = OnceLock::new();
+    IMAGE.get_or_init(|| {
+        let image = scratch("image").join("tiny.fby");
+        let image = image.to_str().unwrap();
+        stdout(&["convert", model().to_str().unwrap(), "-o", image]);
+        image.to_owned()
+    })
+}
+
+/// The JSON of a run of 24 tokens with more options.
+fn sampled(options: &[&str]) -> Value {
+    let fixed = ["run", image(), "--token-ids", "1,310,272,500,261", "-n", "24", "--ignore-eos", "--json"];
+    let args: Vec<&str> = fixed.iter().chain(options).copied().collect();
+    serde_json::from_str(stdout(&args).lines().last().unwrap()).unwrap()
+}
+
+/// The same without chance.
+fn run(options: &[&str]) -> Value {
+    sampled(&[&["--temp", "0"], options].concat())
+}
+
+#[test]
+fn usage_errors_have_code_2() {
+    failure(2, &["run", "--no-such-option"], &["--no-such-option"]);
+    failure(2, &["run", "x", "--ram", "5X"], &["5X", "64M"]);
+    failure(2, &["run", "x", "--temp", "-1"], &[]);
+    failure(2, &["run", "x", "-n", "0"], &["at least 1"]);
+    failure(2, &["run", "x", "--device", "floppy"], &["floppy", "pi4-sd"]);
+    failure(2, &["run", "x", "-p", "a", "--token-ids", "1"], &["cannot be used with"]);
+    failure(2, &["logits", "x", "-o", "y"], &["--token-ids"]);
+    failure(2, &["convert", "x"], &["--output"]);
+    failure(2, &["convert", "x", "-o", "y", "--weights", "q5"], &["q5", "q4"]);
+}
+
+#[test]
+fn failures_say_what_where_and_what_to_do() {
+    failure(1, &["run", "/no/such/file"], &["/no/such/file", "No such file"]);
+    let folder = scratch("failures");
+    let text = folder.join("text");
+    std::fs::write(&text, "not an image, though long enough to be read").unwrap();
+    failure(1, &["run", text.to_str().unwrap()], &["not a Forebay image", "forebay convert"]);
+    let folder = folder.to_str().unwrap();
+    failure(1, &["run", folder], &["config.json"]);
+    failure(1, &["run", image(), "-p", ""], &["the prompt is empty", "-p"]);
+    failure(1, &["run", image()], &["no prompt", "-p TEXT"]);
+    failure(1, &["run", image(), "--token-ids", "1,2,3", "-c", "2"], &["3 tokens", "context only 2", "-c"]);
+    failure(1, &["run", image(), "--token-ids", "4096"], &["4096", "0 to 4095"]);
+    failure(1, &["run", image(), "--token-ids", "1", "-c", "100000"], &["100000", "2048"]);
+    failure(1, &["run", image(), "--token-ids", "1", "--backend", "mmx"], &["mmx", "scalar"]);
+    failure(1, &["run", image(), "--token-ids", "1", "--weights", "q4"], &["converted already"]);
+    failure(1, &["logits", image(), "--token-ids", "1", "-o", "/no/such/folder/x.npy"], &["/no/such/folder"]);
+    failure(1, &["logits", image(), "--token-ids", "1", "-o", folder], &["it is a folder"]);
+    failure(1, &["convert", model().to_str().unwrap(), "-o", "/no/such/folder/x"], &["/no/such/folder"]);
+    failure(1, &["perplexity", image(), "-f", "/no/such/text"], &["/no/such/text"]);
+    failure(1, &["chat", image()], &["no chat template"]);
+    let out = forebay(&["run"]).env("FOREBAY_MODELS", folder).output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.code() == Some(1) && said.contains("FOREBAY_MODELS"), "{said}");
+}
+
+#[test]
+fn a_damaged_image_is_named_with_the_place() {
+    let damaged = scratch("damaged").join("damaged.fby");
+    std::fs::copy(image(), &damaged).unwrap();
+    let file = std::fs::File::options().read(true).write(true).open(&damaged).unwrap();
+    let path = damaged.to_str().unwrap();
+    let len = file.metadata().unwrap().len();
+    // The last page belongs to a unit of the last layer.
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, len - 5000).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], len - 5000).unwrap();
+    let ids: Vec<String> = (0..200).map(|i| (3 + i * 17).to_string()).collect();
+    let run = ["run", path, "--token-ids", &ids.join(","), "-n", "1"];
+    failure(1, &run, &[path, "unit", "layer 7", "image offset", "checksum", "convert it again"]);
+    // A table is found damaged before anything runs.
+    let mut slots = [0; 8192];
+    file.read_exact_at(&mut slots, 0).unwrap();
+    let tensors = Superblock::parse(&slots, len).unwrap().section(SectionKind::Tensors).unwrap();
+    file.write_all_at(&[0xff; 4], tensors.offset).unwrap();
+    failure(1, &run, &[path, "tensors"]);
+    file.set_len(len / 2).unwrap();
+    failure(1, &run, &[path, "damaged", "again"]);
+}
+
+#[test]
+fn the_json_line_has_its_fields() {
+    let json = run(&[]);
+    for field in ["text", "tokens", "prompt_tokens", "prompt_tok_s", "gen_tokens", "gen_tok_s", "arena_bytes"] {
+        assert!(!json[field].is_null(), "{field}");
+    }
+    assert_eq!(json["prompt_tokens"], 5);
+    assert_eq!(json["gen_tokens"], 24);
+    assert_eq!(json["tokens"].as_array().unwrap().len(), 24);
+    assert_eq!(json["stop"], "length");
+    assert_eq!(json["image_bytes"], std::fs::metadata(image()).unwrap().len());
+    assert!(json["stall_s"].as_f64().unwrap() >= 0.0);
+    assert!(json["gen_tok_s"].as_f64().unwrap() > 0.0);
+    // Everything fits, so each unit is read at most once.
+    let (pool, streamed) = (json["pool_bytes"].as_u64().unwrap(), json["streamed_bytes_total"].as_u64().unwrap());
+    assert!(pool >= streamed && streamed > 0, "{pool} {streamed}");
+    assert!(json["cache"]["bytes_read"].as_u64().unwrap() <= streamed);
+    assert!(json["cache"]["hits"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn the_number_in_the_refusal_is_exact() {
+    let fixed = ["run", image(), "--token-ids", "1,2,3", "-n", "8", "--temp", "0", "--ignore-eos", "--json", "--ram"];
+    let with = |ram: &str| fixed.iter().copied().chain([ram]).map(str::to_owned).collect::<Vec<String>>();
+    let refs = |args: &[String]| output(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let refused = refs(&with("1M"));
+    assert_eq!(refused.status.code(), Some(1));
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(said.contains("--ram 1M is too small") && said.contains("MiB"), "{said}");
+    let need: u64 = said.split("at least --ram ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    let enough = refs(&with(&need.to_string()));
+    assert!(enough.status.success(), "{}", String::from_utf8_lossy(&enough.stderr));
+    let text = String::from_utf8(enough.stdout).unwrap();
+    let json: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert_eq!(json["arena_bytes"], need);
+    assert_eq!(refs(&with(&(need - 1).to_string())).status.code(), Some(1));
+}
+
+#[test]
+fn memory_threads_store_and_batch_do_not_change_the_tokens() {
+    let expected = run(&[])["tokens"].clone();
+    let others: [&[&str]; 9] = [
+        &["--ram", "3M"],
+        &["--ram", "3M", "--batch", "1"],
+        &["--ram", "4M", "-t", "3"],
+        &["-t", "1"],
+        &["--backend", "scalar"],
+        &["--store", "memory"],
+        &["--store", "memory", "--ram", "3M"],
+        &["--ram", "4M", "--device", "bw=200MB/s,lat=50us,qd=2"],
+        &["-c", "512"],
+    ];
+    for options in others {
+        assert_eq!(run(options)["tokens"], expected, "{options:?}");
+    }
+    let drawn = |seed| sampled(&["--temp", "1", "--seed", seed])["tokens"].clone();
+    assert_eq!(drawn("7"), drawn("7"));
+    assert_ne!(drawn("7"), drawn("8"));
+}
+
+#[test]
+fn a_small_pool_streams() {
+    let json = run(&["--ram", "3M"]);
+    let number = |value: &Value| value.as_u64().unwrap();
+    assert!(number(&json["pool_bytes"]) < number(&json["streamed_bytes_total"]) / 3, "{json}");
+    assert!(number(&json["cache"]["misses"]) > 0 && number(&json["cache"]["hits"]) > 0, "{json}");
+    assert!(number(&json["cache"]["bytes_read"]) > number(&json["streamed_bytes_total"]), "{json}");
+    assert_eq!(number(&json["arena_bytes"]), 3 << 20);
+    let slack = 32 << 20;
+    assert!(number(&json["peak_rss_bytes"]) <= number(&json["arena_bytes"]) + slack, "{json}");
+}
+
+#[test]
+fn a_slow_device_stalls() {
+    let stall = |options: &[&str]| run(options)["stall_s"].as_f64().unwrap();
+    // At 20 MB/s the units that a token misses take longer to read than they do to compute.
+    let slow = stall(&["--ram", "3M", "--device", "bw=20MB/s,lat=1ms"]);
+    assert!(slow > 0.2, "{slow}");
+}
+
+/// Values of an array file of `f32`, and its rows and columns.
+fn npy(path: &Path) -> (Vec<f32>, usize, usize) {
+    let bytes = std::fs::read(path).unwrap();
+    assert_eq!(&bytes[..8], b"\x93NUMPY\x01\x00");
+    let head = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
+    let text = std::str::from_utf8(&bytes[10..head]).unwrap();
+    assert!(text.contains("'descr': '<f4'") && text.contains("'fortran_order': False"), "{text}");
+    let shape = text.split('(').nth(1).unwrap().split(')').next().unwrap();
+    let dims: Vec<usize> = shape.split(',').map(|d| d.trim().parse().unwrap()).collect();
+    let values = bytes[head..].chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    (values, dims[0], dims[1])
+}
+
+#[test]
+fn logits_are_those_that_a_run_chooses_by() {
+    let folder = scratch("logits");
+    let run = run(&[]);
+    let tokens: Vec<u64> = run["tokens"].as_array().unwrap().iter().map(|t| t.as_u64().unwrap()).collect();
+    let all: Vec<u64> = [1, 310, 272, 500, 261].into_iter().chain(tokens.iter().copied()).collect();
+    let ids = all.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
+    let file = |name: &str, options: &[&str]| {
+        let path = folder.join(name);
+        let fixed = ["logits", image(), "--token-ids", &ids, "-o", path.to_str().unwrap()];
+        stdout(&fixed.iter().chain(options).copied().collect::<Vec<_>>());
+        npy(&path)
+    };
+    let (logits, rows, cols) = file("a.npy", &[]);
+    assert_eq!((rows, cols), (29, 4096));
+    let argmax = |row: usize| {
+        let row = &logits[row * cols..(row + 1) * cols];
+        row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0 as u64
+    };
+    let chosen: Vec<u64> = (4..28).map(argmax).collect();
+    assert_eq!(chosen, tokens);
+    let (one_by_one, ..) = file("b.npy", &["--batch", "1", "--ram", "4M", "-t", "1"]);
+    assert!(logits.iter().zip(&one_by_one).all(|(a, b)| a.to_bits() == b.to_bits()), "batch changes the bits");
+}
+
+#[test]
+fn a_model_is_converted_once() {
+    let cache = scratch("cache");
+    let model = model();
+    let run = || {
+        let args = ["run", model.to_str().unwrap(), "--token-ids", "1,2", "-n", "2", "--json"];
+        let out = forebay(&args).env("FOREBAY_CACHE", &cache).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        let images: Vec<_> = std::fs::read_dir(&cache).unwrap().map(|e| e.unwrap()).collect();
+        assert_eq!(images.len(), 1);
+        let text = String::from_utf8(out.stdout).unwrap();
+        let json: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        (images[0].metadata().unwrap().modified().unwrap(), json)
+    };
+    let (first, json) = run();
+    assert_eq!(run().0, first);
+    // The first run converts: even so its memory is bounded.
+    let bound = json["arena_bytes"].as_u64().unwrap() + (32 << 20);
+    assert!(json["peak_rss_bytes"].as_u64().unwrap() <= bound, "{json}");
+    let args = ["run", model.to_str().unwrap(), "--weights", "q8", "--token-ids", "1,2", "-n", "2"];
+    assert!(forebay(&args).env("FOREBAY_CACHE", &cache).output().unwrap().status.success());
+    assert_eq!(std::fs::read_dir(&cache).unwrap().count(), 2);
+    let out = forebay(&args).env("FOREBAY_CACHE", "/proc/no/cache").output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.code() == Some(1) && said.contains("set FOREBAY_CACHE"), "{said}");
+}
+
+#[test]
+fn without_arguments_it_tells_a_story() {
+    let first = output(&[]);
+    let said = String::from_utf8_lossy(&first.stderr).into_owned();
+    assert!(first.status.success(), "{said}");
+    let story = String::from_utf8(first.stdout).unwrap();
+    assert!(story.starts_with("Once upon a time"), "{story}");
+    assert!(story.len() > 200, "{story}");
+    assert_eq!(stdout(&[]), story);
+    for word in ["prompt", "generation", "arena", "pool", "misses", "stalled", "threads", "seed"] {
+        assert!(said.contains(word), "{word}: {said}");
+    }
+    // The bundled model shows streaming: its pool holds at most a third.
+    let json: Value = serde_json::from_str(stdout(&["run", "-n", "20", "--json"]).lines().last().unwrap()).unwrap();
+    assert!(json["pool_bytes"].as_u64().unwrap() <= json["streamed_bytes_total"].as_u64().unwrap() / 3);
+    assert!(json["cache"]["misses"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn text_streams_and_a_closed_pipe_is_no_error() {
+    use std::io::Read;
+    let args = ["run", image(), "-p", "The king", "-n", "400", "--temp", "0", "--ignore-eos"];
+    let mut child = forebay(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut first = [0; 12];
+    child.stdout.take().unwrap().read_exact(&mut first).unwrap();
+    assert!(first.starts_with(b"The king"));
+    // The pipe is closed now, and the child still generating.
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(child.wait().unwrap().success(), "{said}");
+    assert!(!said.contains("panicked") && !said.contains("error"), "{said}");
+}
+
+#[test]
+fn a_text_is_tokenised_and_comes_back() {
+    let ids: Vec<u32> = serde_json::from_str(&stdout(&["tokenize", image(), "-p", "The king said", "--json"])).unwrap();
+    let list = ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+    let base = ["-n", "12", "--temp", "0", "--json"];
+    let run = |prompt: [&str; 2]| {
+        let args: Vec<&str> = ["run", image()].into_iter().chain(prompt).chain(base).collect();
+        let text = stdout(&args);
+        let json: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        // The text streams before the line of JSON.
+        assert!(text.starts_with(json["text"].as_str().unwrap()), "{text}");
+        json
+    };
+    let (by_text, by_ids) = (run(["-p", "The king said"]), run(["--token-ids", &list]));
+    assert_eq!(by_text["tokens"], by_ids["tokens"]);
+    assert_eq!(by_text["prompt_tokens"].as_u64(), Some(ids.len() as u64));
+    assert!(by_text["text"].as_str().unwrap().chars().any(char::is_alphabetic));
+}
+
+#[test]
+fn perplexity_is_what_the_logits_say() {
+    let folder = scratch("perplexity");
+    let text = folder.join("text.txt");
+    let story = "Once upon a time there was a king who had three sons, and the youngest of them was called Jack. ";
+    std::fs::write(&text, story.repeat(4)).unwrap();
+    let text_path = text.to_str().unwrap();
+    let measure = |options: &[&str]| -> Value {
+        let fixed = ["perplexity", image(), "-f", text_path, "-c", "32", "--json"];
+        serde_json::from_str(&stdout(&fixed.iter().chain(options).copied().collect::<Vec<_>>())).unwrap()
+    };
+    let report = measure(&["--chunks", "2"]);
+    assert_eq!(report["chunks"], 2);
+    // Positions 16 to 30 of each chunk predict what follows.
+    assert_eq!(report["tokens_scored"], 30);
+    let prompt = std::fs::read_to_string(&text).unwrap();
+    let ids: Vec<u32> = serde_json::from_str(&stdout(&["tokenize", image(), "-p", &prompt, "--json"])).unwrap();
+    let mut nll = 0.0;
+    for chunk in 0..2 {
+        let mut tokens = ids[chunk * 32..(chunk + 1) * 32].to_vec();
+        // The model expects a begin-of-text token, with which every chunk begins.
+        if chunk > 0 && ids[0] == 1 {
+            tokens[0] = 1;
+        }
+        let list = tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+        let path = folder.join("chunk.npy");
+        stdout(&["logits", image(), "--token-ids", &list, "-o", path.to_str().unwrap()]);
+        let (logits, _, cols) = npy(&path);
+        for position in 16..31 {
+            let row = &logits[position * cols..(position + 1) * cols];
+            let sum: f64 = row.iter().map(|x| f64::from(*x).exp()).sum();
+            nll += sum.ln() - f64::from(row[tokens[position + 1] as usize]);
+        }
+    }
+    let expected = (nll / 30.0).exp();
+    let measured = report["perplexity"].as_f64().unwrap();
+    assert!((measured / expected - 1.0).abs() < 1e-5, "{measured} {expected}");
+    assert_eq!(measure(&["--chunks", "2", "--ram", "4M", "--batch", "5"])["perplexity"], report["perplexity"]);
+    failure(1, &["perplexity", image(), "-f", text_path], &["two chunks of 512 need 1024", "-c"]);
+}
+
+/// The bundled model with a chat template, as an image.
+fn chat_image() -> String {
+    let folder = scratch("chat");
+    for file in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        std::os::unix::fs::symlink(model().join(file), folder.join(file)).unwrap();
+    }
+    let template = "{% for m in messages %}{{ m['role'].upper() }}:{{ m['content'] }}\n\n\
+                    {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}";
+    std::fs::write(folder.join("chat_template.jinja"), template).unwrap();
+    let image = folder.join("chat.fby").to_str().unwrap().to_owned();
+    stdout(&["convert", folder.to_str().unwrap(), "-o", &image]);
+    image
+}
+
+/// Standard output and error of a chat that is given `lines`.
+fn chat(image: &str, lines: &str) -> (String, String) {
+    let args = ["chat", image, "-n", "12", "--temp", "0", "--ignore-eos", "-c", "200"];
+    let command = &mut forebay(&args);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    let out = child.wait_with_output().unwrap();
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert!(out.status.success(), "{said}");
+    (String::from_utf8(out.stdout).unwrap(), said)
+}
+
+#[test]
+fn chat_remembers_until_it_is_reset() {
+    let image = &chat_image();
+    let hello = "Hello, who are you?\n";
+    let (first, _) = chat(image, hello);
+    let (both, _) = chat(image, &format!("{hello}/reset\n{hello}"));
+    assert_eq!(both, first.repeat(2));
+    let (two, said) = chat(image, &format!("{hello}\n/stats\n/nonsense\n{hello}/stats\n/quit\n{hello}"));
+    assert!(two.starts_with(&first) && two.len() > first.len(), "{two}");
+    assert!(said.contains("there is no command /nonsense"), "{said}");
+    let numbers = |what: &str| -> Vec<u32> {
+        let lines = said.lines().filter(|line| line.starts_with(what));
+        lines.map(|line| line.split_whitespace().find_map(|word| word.parse().ok()).unwrap()).collect()
+    };
+    // The second turn goes on after the first, and feeds no more than itself and the last token of the answer.
+    let (context, fed) = (numbers("context"), numbers("last turn"));
+    assert_eq!(context, [fed[0] + 11, fed[0] + 11 + fed[1] + 11], "{said}");
+    assert!(fed[1] <= fed[0] + 4, "{said}");
+    // A conversation that outgrows the context is forgotten, and the chat goes on.
+    let (long, said) = chat(image, &format!("{}\n{hello}", "word ".repeat(400)));
+    assert!(said.contains("give a longer context with -c") && said.contains("forgotten"), "{said}");
+    assert_eq!(long, first);
+    let run = ["run", image, "--chat", "-p", hello.trim(), "-n", "12", "--temp", "0", "--ignore-eos"];
+    assert_eq!(stdout(&run), first);
+    let system: Vec<&str> = run.iter().copied().chain(["--system", "You are a fox."]).collect();
+    assert_ne!(stdout(&system), first);
+}
+
+#[test]
+fn inspect_shows_the_plan() {
+    let text = stdout(&["inspect", image(), "--ram", "4M", "-c", "128"]);
+    for word in ["lfm2_moe", "4.00 MiB", "resident", "pool", "least"] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    let json: Value = serde_json::from_str(&stdout(&["inspect", image(), "-c", "128", "--json"])).unwrap();
+    let part = |name: &str| json["plan"][name].as_u64().unwrap();
+    let parts = ["tables", "resident", "state", "working", "bookkeeping", "reserved", "pool"];
+    assert!(parts.iter().map(|name| part(name)).sum::<u64>() <= part("arena"));
+    assert!(part("least") < part("arena"));
+    assert_eq!(json["model"]["family"], "lfm2_moe");
+    failure(1, &["inspect", image(), "--ram", "100K"], &["--ram 100K is too small"]);
+}
