@@ -13,6 +13,9 @@ use crate::pool::Slot;
 /// Fewest units that the pool must hold: one to compute while the next is read.
 pub const MIN_SLOTS: usize = 2;
 
+/// Most tokens of a batch: beyond this nothing is gained, and every buffer's size fits 32 bits.
+pub const MAX_BATCH: usize = 1 << 12;
+
 /// What the caller allows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[cfg_attr(feature = "defmt", derive(defmt::Format))]
@@ -231,6 +234,12 @@ impl Plan {
         if limits.context == 0 || limits.context > model.context() {
             return Err(PlanError::Context { context: limits.context, max: model.context() });
         }
+        // Everything below is sized by the context and fits an address once this does.
+        let widest = (0..model.layer_count()).filter_map(|l| model.layer(l)).map(|l| l.kv_heads * l.head_dim).max();
+        let cache = (widest.unwrap_or(0) as u64 + 1) * limits.context as u64 * 4;
+        if usize::try_from(cache).is_err() {
+            return Err(PlanError::Overflow);
+        }
         let page = |bytes: u64| bytes.next_multiple_of(PAGE as u64);
         let groups = (0..model.layer_count() as u16).chain([NO_LAYER]);
         let resident: u64 = groups.map(|l| page(model.group(l).1)).sum();
@@ -261,7 +270,7 @@ impl Plan {
             let all = units as u64 * slot_cost;
             need(batch) <= arena && (working <= shared / 4 || shared - working >= all + LINE as u64)
         };
-        let mut batch = limits.batch.min(limits.context);
+        let mut batch = limits.batch.min(limits.context).min(MAX_BATCH);
         while batch > 1 && !fits(batch) {
             batch /= 2;
         }

@@ -97,10 +97,10 @@ impl<'a> Pool<'a> {
                     victim = Some(index);
                     break;
                 }
-                State::Ready(_) if !keep(slot.unit) => {
-                    if victim.is_none_or(|v| slot.last_use < self.slots[v].last_use) {
-                        victim = Some(index);
-                    }
+                State::Ready(_)
+                    if victim.is_none_or(|v| slot.last_use < self.slots[v].last_use) && !keep(slot.unit) =>
+                {
+                    victim = Some(index);
                 }
                 _ => {}
             }

@@ -666,8 +666,7 @@ impl<'a> Engine<'a> {
             let last = base + u32::from(last.unit);
             buf = self.pool.claim(id, |other| other != last);
         }
-        let request = self.unit_read(layer, unit, buf?);
-        request
+        self.unit_read(layer, unit, buf?)
     }
 
     fn group_read(&mut self) -> Option<ReadRequest<'a>> {
