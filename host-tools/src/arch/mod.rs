@@ -197,7 +197,7 @@ impl Architecture {
         if let Some(found) = ARCHITECTURES.iter().find(|a| names(a).contains(&name)) {
             return Ok(found);
         }
-        let known: Vec<&str> = ARCHITECTURES.iter().flat_map(|a| names(a)).copied().collect();
+        let known: Vec<&str> = ARCHITECTURES.iter().flat_map(names).copied().collect();
         let field = if source.is_gguf() { "general.architecture" } else { "config.json: model_type" };
         bail!("{field} is {name:?}, which is not supported; expected one of: {}", known.join(", "))
     }

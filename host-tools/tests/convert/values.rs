@@ -496,3 +496,19 @@ fn inspection_says_what_is_there() {
     let error = format!("{:#}", inspect(&folder.join("bad.fby")).unwrap_err());
     assert!(error.contains("bad.fby") && error.contains("checksum"), "{error}");
 }
+
+#[test]
+fn the_bundled_model_has_its_tokenizer() {
+    let folder = Folder::new();
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny-lfm2moe");
+    let report = quietly(model.as_ref(), &folder.join("out.fby"), &floats(WeightChoice::F16)).unwrap();
+    assert_eq!((report.layers, report.units, report.tokenizer, report.chat_template), (8, 104, true, false));
+    let image = Image::open(&folder.join("out.fby"));
+    let section = image.section(SectionKind::Tokenizer).unwrap();
+    let tokenizer = forebay_runtime::tokenizer::Tokenizer::parse(section).unwrap();
+    assert_eq!(tokenizer.vocab_len(), 4096);
+    // The same bytes whatever the folder's place, if the name is given.
+    let options = ConvertOptions { name: Some("tiny-lfm2moe".into()), ..floats(WeightChoice::F16) };
+    quietly(model.as_ref(), &folder.join("again.fby"), &options).unwrap();
+    assert!(fs::read(folder.join("again.fby")).unwrap() == image.bytes);
+}
