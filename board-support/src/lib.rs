@@ -1,2 +1,33 @@
 //! What Forebay's boards share.
+//!
+//! A board is a thin binary under `boards/`: it names its addresses and its memory, and hands console, clock,
+//! devices and arena to [`board::run`]. `docs/porting.md` walks through one.
+//!
+//! | module | |
+//! |---|---|
+//! | [`board`] | from a booted machine to an exit status |
+//! | [`app`] | the application: open an image, plan, generate, report |
+//! | [`options`] | the words of a command line |
+//! | [`meter`] | a store's reads, counted |
+//! | [`virtio`] | a block store over virtio-blk |
+//! | [`flash`] | memory-mapped flash |
+//! | [`stack`] | how much of the stack was used |
+//! | `aarch64` | boot code, page tables, exceptions, clock, critical section (on that target) |
+//! | `riscv64` | traps, stack guard, clock (on that target) |
+//!
+//! Nothing here allocates: no global allocator is linked.
 #![no_std]
+
+#[cfg(all(target_os = "none", target_arch = "aarch64"))]
+pub mod aarch64;
+pub mod app;
+pub mod board;
+pub mod flash;
+pub mod meter;
+pub mod options;
+#[cfg(all(target_os = "none", target_arch = "riscv64"))]
+pub mod riscv64;
+#[cfg(all(target_os = "none", any(target_arch = "aarch64", target_arch = "riscv64")))]
+pub mod semihost;
+pub mod stack;
+pub mod virtio;
