@@ -16,26 +16,47 @@ type Job = dyn Fn(usize) + Sync;
 struct Shared {
     /// The job of the current round, its lifetime erased.
     job: UnsafeCell<Option<&'static Job>>,
-    /// Round number; a change tells the workers that there is a job.
-    round: AtomicUsize,
-    /// Workers that have not finished the round.
+    /// Parts of the job that nobody has taken: 1 to this number; 0 between rounds.
+    left: AtomicUsize,
+    /// Parts of the round, but for the caller's own, that have not been finished.
     running: AtomicUsize,
-    /// Whether a worker panicked in the round.
+    /// Whether a part of the round panicked.
     panicked: AtomicBool,
     stop: AtomicBool,
 }
 
-// SAFETY: `job` is written only by the caller that holds the pool's lock while `running` is 0, and read by workers
-// only between the release store of `round` and their release decrement of `running`.
+// SAFETY: `job` is written only by the caller that holds the pool's lock while `running` is 0, and read only by who has
+// taken a part and not yet finished it, which is between the release store of `left` and the decrement of `running`.
 unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// Takes a part that nobody has taken.
+    fn take(&self) -> Option<usize> {
+        self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).ok()
+    }
+
+    /// Runs part `index`, which the caller of this function has taken.
+    fn perform(&self, index: usize) {
+        // SAFETY: taking a part of a round happens after its job was written, and the job is neither written again
+        // nor its borrow ended before every part that was taken has been finished.
+        let job = unsafe { *self.job.get() };
+        if let Some(job) = job
+            && catch_unwind(AssertUnwindSafe(|| job(index))).is_err()
+        {
+            self.panicked.store(true, Ordering::SeqCst);
+        }
+        self.running.fetch_sub(1, Ordering::SeqCst);
+    }
+}
 
 struct Worker {
     handle: Option<JoinHandle<()>>,
     asleep: Arc<AtomicBool>,
 }
 
-/// [`Workers`] on persistent threads, the calling thread being worker 0. A round costs no allocation; between
-/// rounds the threads spin briefly, then park.
+/// [`Workers`] on persistent threads. The calling thread does part 0; the others are done by whoever comes first, so
+/// a thread that the system does not let run holds nobody up. A round costs no allocation; between rounds the threads
+/// spin briefly, then park.
 ///
 /// A second caller, or a job that calls the pool again, runs its own job alone. A panic in a job reaches the
 /// caller after all workers have finished.
@@ -51,40 +72,29 @@ impl fmt::Debug for ThreadPool {
     }
 }
 
-fn serve(shared: &Shared, index: usize, asleep: &AtomicBool) {
-    let mut seen = 0;
+fn serve(shared: &Shared, asleep: &AtomicBool) {
     loop {
         let mut spins = 0;
-        loop {
-            let round = shared.round.load(Ordering::SeqCst);
-            if round != seen {
-                seen = round;
-                break;
+        let part = loop {
+            if let Some(part) = shared.take() {
+                break part;
+            }
+            if shared.stop.load(Ordering::SeqCst) {
+                return;
             }
             if spins < SPINS {
                 spins += 1;
                 std::hint::spin_loop();
                 continue;
             }
-            // Whoever starts a round stores it before it looks at `asleep`, so one of the two sees the other.
+            // Whoever starts a round stores `left` before it looks at `asleep`, so one of the two sees the other.
             asleep.store(true, Ordering::SeqCst);
-            if shared.round.load(Ordering::SeqCst) == seen {
+            if shared.left.load(Ordering::SeqCst) == 0 && !shared.stop.load(Ordering::SeqCst) {
                 thread::park();
             }
             asleep.store(false, Ordering::SeqCst);
-        }
-        if shared.stop.load(Ordering::SeqCst) {
-            return;
-        }
-        // SAFETY: the round number was stored after the job was written, and the caller neither writes it again nor
-        // ends the job's borrow before this worker has decremented `running`.
-        let job = unsafe { *shared.job.get() };
-        if let Some(job) = job
-            && catch_unwind(AssertUnwindSafe(|| job(index))).is_err()
-        {
-            shared.panicked.store(true, Ordering::SeqCst);
-        }
-        shared.running.fetch_sub(1, Ordering::SeqCst);
+        };
+        shared.perform(part);
     }
 }
 
@@ -94,7 +104,7 @@ impl ThreadPool {
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
             job: UnsafeCell::new(None),
-            round: AtomicUsize::new(0),
+            left: AtomicUsize::new(0),
             running: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -104,7 +114,7 @@ impl ThreadPool {
             let asleep = Arc::new(AtomicBool::new(false));
             let (its_shared, its_asleep) = (Arc::clone(&shared), Arc::clone(&asleep));
             let builder = thread::Builder::new().name(format!("kernels-{index}"));
-            let Ok(handle) = builder.spawn(move || serve(&its_shared, index, &its_asleep)) else {
+            let Ok(handle) = builder.spawn(move || serve(&its_shared, &its_asleep)) else {
                 break;
             };
             workers.push(Worker { handle: Some(handle), asleep });
@@ -112,8 +122,8 @@ impl ThreadPool {
         Self { shared, workers, lock: Mutex::new(()) }
     }
 
-    fn start_round(&self) {
-        self.shared.round.fetch_add(1, Ordering::SeqCst);
+    /// Wakes the workers that sleep.
+    fn wake(&self) {
         for worker in &self.workers {
             if let Some(handle) = &worker.handle
                 && worker.asleep.load(Ordering::SeqCst)
@@ -124,17 +134,21 @@ impl ThreadPool {
     }
 }
 
-/// Waits for the workers when dropped, so that a panic of worker 0 cannot end the job's borrow too early.
+/// Ends the round when dropped, so that a panic of the caller's part cannot end the job's borrow too early: does the
+/// parts that no worker has come to, as on a busy machine, and waits for the others.
 struct Finish<'a>(&'a Shared);
 
 impl Drop for Finish<'_> {
     fn drop(&mut self) {
+        while let Some(part) = self.0.take() {
+            self.0.perform(part);
+        }
         let mut spins = 0;
         while self.0.running.load(Ordering::SeqCst) != 0 {
             spins += 1;
             if spins < SPINS { std::hint::spin_loop() } else { thread::yield_now() }
         }
-        // SAFETY: `running` is 0, so no worker reads the job, and the caller holds the pool's lock.
+        // SAFETY: `running` is 0, so nobody reads the job, and the caller holds the pool's lock.
         unsafe { *self.0.job.get() = None };
     }
 }
@@ -162,8 +176,9 @@ impl Workers for ThreadPool {
         unsafe { *self.shared.job.get() = Some(erased) };
         self.shared.panicked.store(false, Ordering::SeqCst);
         self.shared.running.store(self.workers.len(), Ordering::SeqCst);
+        self.shared.left.store(self.workers.len(), Ordering::SeqCst);
         let finish = Finish(&self.shared);
-        self.start_round();
+        self.wake();
         let own = catch_unwind(AssertUnwindSafe(|| job(0)));
         drop(finish);
         if let Err(panic) = own {
@@ -176,7 +191,6 @@ impl Workers for ThreadPool {
 impl Drop for ThreadPool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        self.start_round();
         for worker in &mut self.workers {
             if let Some(handle) = worker.handle.take() {
                 handle.thread().unpark();
