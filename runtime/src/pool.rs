@@ -1,7 +1,8 @@
 //! The expert pool: a bounded set of slots that hold streamed units.
 //!
 //! A slot owns its buffer. While a unit is being read the buffer belongs to the read; the slot remembers only
-//! which unit it will hold. The least recently used unit that nobody needs gives way.
+//! which unit it will hold. Dense layers' units are used in a known order, so of them the one that is needed last
+//! gives way; experts come before them, the least recently used first.
 
 /// No slot, in the unit table.
 const NONE: u32 = u32::MAX;
@@ -87,20 +88,33 @@ impl<'a> Pool<'a> {
         }
     }
 
-    /// A buffer to read `unit` into: a free slot's, or that of the least recently used unit for which `keep` is
-    /// false. `None` if there is neither.
-    pub fn claim(&mut self, unit: u32, keep: impl Fn(u32) -> bool) -> Option<&'a mut [u8]> {
-        let mut victim: Option<usize> = None;
+    /// A buffer to read `unit` into: a free slot's, or that of a unit which gives way; `None` if there is neither.
+    ///
+    /// Units for which `keep` is true stay. `next_use` says in how many layers a unit is certainly used again,
+    /// if that is certain: of those, the one whose use is farthest away gives way (Belady's rule), but first, least
+    /// recently used first, those of which nothing is certain.
+    pub fn claim(
+        &mut self,
+        unit: u32,
+        keep: impl Fn(u32) -> bool,
+        next_use: impl Fn(u32) -> Option<usize>,
+    ) -> Option<&'a mut [u8]> {
+        let mut victim = None;
+        let mut worst = None;
         for (index, slot) in self.slots.iter().enumerate() {
             match slot.state {
                 State::Free(_) => {
                     victim = Some(index);
                     break;
                 }
-                State::Ready(_)
-                    if victim.is_none_or(|v| slot.last_use < self.slots[v].last_use) && !keep(slot.unit) =>
-                {
-                    victim = Some(index);
+                State::Ready(_) if !keep(slot.unit) => {
+                    let expendable = match next_use(slot.unit) {
+                        None => (usize::MAX, u64::MAX - slot.last_use),
+                        Some(layers) => (layers, slot.last_use),
+                    };
+                    if worst.is_none_or(|worst| expendable > worst) {
+                        (victim, worst) = (Some(index), Some(expendable));
+                    }
                 }
                 _ => {}
             }

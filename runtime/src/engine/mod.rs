@@ -656,7 +656,8 @@ impl<'a> Engine<'a> {
             unit.is_some_and(|unit| needs.iter().any(|n| !n.done && u32::from(n.unit) == unit))
         };
         let id = base + u32::from(unit);
-        let mut buf = self.pool.claim(id, needed);
+        let next_use = |id| next_use(self.layers, layer, id);
+        let mut buf = self.pool.claim(id, needed, next_use);
         if buf.is_none() && self.in_flight == 0 && self.computable(layer).is_none() {
             // Every slot holds a unit that is needed later in this layer: the last of them gives way.
             let last = needs
@@ -664,7 +665,7 @@ impl<'a> Engine<'a> {
                 .rev()
                 .find(|n| !n.done && self.pool.residency(base + u32::from(n.unit)) == Residency::Resident)?;
             let last = base + u32::from(last.unit);
-            buf = self.pool.claim(id, |other| other != last);
+            buf = self.pool.claim(id, |other| other != last, next_use);
         }
         self.unit_read(layer, unit, buf?)
     }
@@ -709,7 +710,8 @@ impl<'a> Engine<'a> {
             };
             (base..base + units).contains(&id) || present.is_some_and(needed)
         };
-        let buf = self.pool.claim(base + unit, keep)?;
+        let now = if own { layer.checked_sub(1).unwrap_or(self.layers.len() - 1) } else { layer };
+        let buf = self.pool.claim(base + unit, keep, |id| next_use(self.layers, now, id))?;
         self.stats.prefetched += 1;
         self.unit_read(ahead, unit as u16, buf)
     }
@@ -764,6 +766,14 @@ impl<'a> Engine<'a> {
         self.stats.tokens += self.count as u64;
         Phase::Idle
     }
+}
+
+/// In how many layers a unit of a dense layer is used again, `now` being the layer whose units are being used.
+fn next_use(layers: &[Option<LayerState<'_>>], now: usize, id: u32) -> Option<usize> {
+    let of = |l: &LayerState<'_>| id.checked_sub(l.unit_base).is_some_and(|u| (u as usize) < l.shape.units);
+    let layer = layers.iter().position(|l| l.as_ref().is_some_and(of))?;
+    let dense = layers[layer].as_ref().is_some_and(|l| l.shape.router == Router::All);
+    dense.then_some((layer + layers.len() - now - 1) % layers.len())
 }
 
 impl<'a> LayerState<'a> {
