@@ -704,14 +704,17 @@ impl<'a> Engine<'a> {
         let unit = (0..units).find(|u| self.pool.residency(base + u) == Residency::Absent)?;
         let present = if own { None } else { Some(self.layer(layer).ok()?.unit_base) };
         let needs = &self.buffers.needs[..self.need_count];
+        let now = if own { layer.checked_sub(1).unwrap_or(self.layers.len() - 1) } else { layer };
+        let next_use = |id| next_use(self.layers, now, id);
         let keep = |id: u32| {
             let needed = |base: u32| {
                 id.checked_sub(base).is_some_and(|u| needs.iter().any(|n| !n.done && u32::from(n.unit) == u))
             };
-            (base..base + units).contains(&id) || present.is_some_and(needed)
+            // A unit that is needed again soon would only be read again: better to wait for one that is not.
+            let soon = next_use(id).is_some_and(|layers| 2 * layers < self.layers.len());
+            soon || (base..base + units).contains(&id) || present.is_some_and(needed)
         };
-        let now = if own { layer.checked_sub(1).unwrap_or(self.layers.len() - 1) } else { layer };
-        let buf = self.pool.claim(base + unit, keep, |id| next_use(self.layers, now, id))?;
+        let buf = self.pool.claim(base + unit, keep, next_use)?;
         self.stats.prefetched += 1;
         self.unit_read(ahead, unit as u16, buf)
     }
