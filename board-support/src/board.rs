@@ -37,12 +37,11 @@ impl<const BYTES: usize> Default for ArenaMemory<BYTES> {
 }
 
 /// A machine that has booted.
-#[derive(Debug)]
 pub struct Board<'m, W, T> {
-    /// Name of the board and its processor, as the first line says it.
+    /// Name of the board.
     pub name: &'static str,
-    /// The processor.
-    pub processor: &'static str,
+    /// The processor and how it was found, for the first line.
+    pub processor: &'m dyn Display,
     /// Where everything is printed.
     pub console: &'m mut W,
     /// The clock.

@@ -1,8 +1,9 @@
 //! Boot code: entered at the image's first byte with MMU off, on EL3, EL2 or EL1.
 //!
 //! The linker script (`ld/aarch64.ld`) gives the addresses; the board gives `PAGE_TABLE`, a
-//! [`Level1`](super::pages::Level1), and `board_main`. `board_main` runs on SP_EL0, and exceptions take SP_EL1, which
-//! has a small stack of its own: so an overflown stack can still be reported.
+//! [`Level1`](super::pages::Level1), and `extern "C" fn board_main(level: u64) -> !`, which is told the exception level
+//! it all began on. `board_main` runs on SP_EL0, and exceptions take SP_EL1, which has a small stack of its own: so an
+//! overflown stack can still be reported.
 
 use core::arch::global_asm;
 
@@ -24,10 +25,11 @@ _start:
     msr     daifset, #0xf
     // One core runs the model; the others sleep. Boards start them by PSCI or a spin table, if at all.
     mrs     x1, mpidr_el1
-    tst     x1, #0xff
+    tst     x1, #0xffffff               // affinity levels 2 to 0
     b.ne    9f
 
     mrs     x1, CurrentEL
+    lsr     x19, x1, #2                 // the board is told
     cmp     x1, #(3 << 2)
     b.ne    1f
     // EL3: the lower levels are non-secure and AArch64, HVC works, SMC traps to nobody.
@@ -113,6 +115,7 @@ _start:
     b       3b
 4:  mov     x29, xzr
     mov     x30, xzr
+    mov     x0, x19
     bl      board_main
 9:  wfi
     b       9b

@@ -7,6 +7,8 @@ mod critical;
 mod exceptions;
 pub mod pages;
 
+use core::fmt;
+
 use aarch64_cpu::registers::{CNTFRQ_EL0, CNTVCT_EL0, MIDR_EL1, Readable};
 
 use crate::app::Clock;
@@ -23,8 +25,20 @@ pub fn clock() -> Clock {
     Clock { now: ticks, hertz: CNTFRQ_EL0.get() }
 }
 
-/// Name of the processor.
-pub fn processor() -> &'static str {
+/// What the code runs on.
+#[derive(Clone, Copy, Debug)]
+pub struct Processor {
+    /// The exception level on which the boot code was entered.
+    pub entered: u64,
+}
+
+impl fmt::Display for Processor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, entered at EL{}", name(), self.entered)
+    }
+}
+
+fn name() -> &'static str {
     const ARM: u64 = 0x41;
     match (MIDR_EL1.read(MIDR_EL1::Implementer), MIDR_EL1.read(MIDR_EL1::PartNum)) {
         (ARM, 0xd03) => "Cortex-A53",

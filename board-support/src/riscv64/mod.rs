@@ -40,8 +40,10 @@ global_asm!(
 .section .trap.start, "ax"
 .balign 4
 .global _start_trap
+.global _pre_init_trap
 _start_trap:
-    // No trap is expected, so nothing is saved.
+_pre_init_trap:
+    // No trap is expected, not while booting either, so nothing is saved.
     mv      a3, sp
     la      sp, {stack} + {size}
     csrr    a0, mcause

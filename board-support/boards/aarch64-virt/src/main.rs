@@ -10,7 +10,7 @@ use arm_pl011_uart::{PL011Registers, Uart, UniqueMmioPointer};
 use embedded_io::Write;
 use forebay_board::aarch64::boot;
 use forebay_board::aarch64::pages::{Level1, Level2, Region};
-use forebay_board::aarch64::{clock, processor};
+use forebay_board::aarch64::{Processor, clock};
 use forebay_board::board::{ArenaMemory, Board, run};
 use forebay_board::stack::Stack;
 use forebay_board::{flash, semihost, virtio};
@@ -44,13 +44,13 @@ fn console() -> Uart<'static> {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn board_main() -> ! {
+extern "C" fn board_main(level: u64) -> ! {
     // SAFETY: the linker script keeps this memory for the stack.
     let stack = unsafe { Stack::paint(boot::stack()) };
     let mut line = [MaybeUninit::uninit(); 2048];
     let board = Board {
         name: "aarch64-virt",
-        processor: processor(),
+        processor: &Processor { entered: level },
         console: &mut console(),
         clock: clock(),
         command_line: semihost::command_line(&mut line),

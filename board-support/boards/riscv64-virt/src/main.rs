@@ -60,7 +60,7 @@ fn main() -> ! {
     let mut line = [MaybeUninit::uninit(); 2048];
     let board = Board {
         name: "riscv64-virt",
-        processor: "RV64GC in machine mode",
+        processor: &"RV64GC in machine mode",
         console: &mut console,
         clock: Clock { now: riscv64::time, hertz: TIMER_HERTZ },
         command_line: semihost::command_line(&mut line),
