@@ -11,7 +11,7 @@ pub trait Observer {
     fn wait_begins(&mut self) {}
     /// The wait is over.
     fn wait_ends(&mut self) {}
-    /// A layer's experts were chosen: `choices` is [tokens][k].
+    /// A layer's experts were chosen: `choices` is `[tokens][k]`.
     fn routed(&mut self, layer: usize, choices: &[Choice]) {
         let _ = (layer, choices);
     }
@@ -86,7 +86,7 @@ pub fn advance<'a, S: BlockStore<'a>>(
     }
 }
 
-/// Feeds a prompt in batches. Logits wanted by `output` are handed to `rows`: position of the first row, [rows][vocab].
+/// Feeds a prompt in batches. Logits wanted by `output` are handed to `rows`: position of the first row, `[rows][vocab]`.
 pub fn prefill<'a, S: BlockStore<'a>>(
     engine: &mut Engine<'a>,
     store: &mut S,

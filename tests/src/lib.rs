@@ -77,9 +77,9 @@ impl Setup {
 /// What a run gave.
 #[derive(Clone, Debug)]
 pub struct Run {
-    /// [tokens][vocab].
+    /// `[tokens][vocab]`.
     pub logits: Vec<f32>,
-    /// Choices of each routed layer, in order of position: (layer, [tokens][k]).
+    /// Choices of each routed layer, in order of position: (layer, `[tokens][k]`).
     pub choices: Vec<(usize, Vec<Choice>)>,
     /// The engine's counts.
     pub stats: Stats,

@@ -12,9 +12,9 @@ pub struct Reference {
     pub tokens: Vec<u32>,
     /// Tokens of the prompt.
     pub prompt_len: usize,
-    /// [tokens][vocab].
+    /// `[tokens][vocab]`.
     pub logits: Vec<f32>,
-    /// Layer, chosen experts [tokens][k], their weights.
+    /// Layer, chosen experts `[tokens][k]`, their weights.
     pub routers: Vec<(usize, Vec<u32>, Vec<f32>)>,
 }
 

@@ -483,7 +483,7 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// The routed layer's choices, [tokens][k], each token's in descending order of selection score; empty for
+    /// The routed layer's choices, `[tokens][k]`, each token's in descending order of selection score; empty for
     /// dense layers.
     pub fn choices(&self) -> &[Choice] {
         match self.phase {
@@ -497,7 +497,7 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// The rows that [`Step::Logits`] announced: [rows][vocab].
+    /// The rows that [`Step::Logits`] announced: `[rows][vocab]`.
     pub fn logits(&self) -> &[f32] {
         self.buffers.logits
     }
