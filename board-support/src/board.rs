@@ -46,7 +46,7 @@ pub struct Board<'m, W, T> {
     pub console: &'m mut W,
     /// The clock.
     pub clock: Clock,
-    /// The command line, program name first.
+    /// The command line without the program's name.
     pub command_line: &'m str,
     /// The memory that the model lives in.
     pub arena: &'static mut [MaybeUninit<u8>],

@@ -99,10 +99,10 @@ pub enum OptionError<'a> {
 }
 
 impl<'a> Options<'a> {
-    /// Reads a command line whose first word is the program. `text=` takes everything up to the line's end.
+    /// Reads a command line without the program's name. `text=` takes everything up to the line's end.
     pub fn parse(line: &'a str) -> Result<Self, OptionError<'a>> {
         let mut options = Self::default();
-        let mut rest = line.trim().split_once(' ').map_or("", |(_, rest)| rest).trim_start();
+        let mut rest = line.trim();
         while !rest.is_empty() {
             if let Some(text) = rest.strip_prefix("text=") {
                 options.prompt = Prompt::Text(text);
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn every_word_is_taken() {
-        let line = "kernel.elf tokens=1,20,300 generate=5 context=9 batch=2 depth=3 kv=f32 arena=4096 image=flash backend=neon";
+        let line = "tokens=1,20,300 generate=5 context=9 batch=2 depth=3 kv=f32 arena=4096 image=flash backend=neon";
         let options = Options::parse(line).unwrap();
         let Prompt::Tokens(ids) = options.prompt else { panic!("{options:?}") };
         assert!(ids.iter().eq([1, 20, 300]));
@@ -177,24 +177,21 @@ mod tests {
 
     #[test]
     fn a_text_is_the_rest_of_the_line() {
-        let options = Options::parse("k generate=3 text=Two words, depth=1").unwrap();
+        let options = Options::parse("generate=3 text=Two words, depth=1").unwrap();
         assert_eq!(options.prompt, Prompt::Text("Two words, depth=1"));
         assert_eq!((options.generate, options.depth), (3, Options::default().depth));
         assert_eq!(Options::parse("").unwrap(), Options::default());
-        assert_eq!(Options::parse("kernel.elf").unwrap(), Options::default());
+        assert_eq!(Options::parse("  ").unwrap(), Options::default());
     }
 
     #[test]
     fn what_means_nothing_is_named() {
-        for (line, word) in [("k speed=3", "speed=3"), ("k generate", "generate"), ("k generate=1 =", "=")] {
+        for (line, word) in [("speed=3", "speed=3"), ("generate", "generate"), ("generate=1 =", "=")] {
             assert_eq!(Options::parse(line), Err(OptionError::Unknown(word)));
         }
         let refused = ["tokens=", "tokens=1,,2", "tokens=-1", "generate=0", "context=x", "kv=f8", "image=tape"];
         for word in refused {
-            let mut line = heapless::String::<64>::new();
-            line.push_str("k ").unwrap();
-            line.push_str(word).unwrap();
-            assert!(matches!(Options::parse(&line), Err(OptionError::Value { .. })), "{word}");
+            assert!(matches!(Options::parse(word), Err(OptionError::Value { .. })), "{word}");
         }
     }
 }

@@ -5,10 +5,11 @@ use core::mem::MaybeUninit;
 
 use semihosting::sys::arm_compat::sys_get_cmdline_uninit;
 
-/// The command line, program name first; empty if there is none or if it does not fit.
+/// The command line without the program's name; empty if there is none or if it does not fit.
 pub fn command_line(buf: &mut [MaybeUninit<u8>]) -> &str {
     let bytes: &[u8] = sys_get_cmdline_uninit(buf).map_or(&[], |bytes| bytes);
-    core::str::from_utf8(bytes).unwrap_or("")
+    let line = core::str::from_utf8(bytes).unwrap_or("");
+    line.split_once(' ').map_or("", |(_program, words)| words)
 }
 
 /// Ends the emulation with this status.

@@ -28,7 +28,6 @@ const VIRTIO_SLOTS: usize = 8;
 /// The second flash bank; the first is firmware's.
 const FLASH: usize = 0x2200_0000;
 const FLASH_LEN: usize = 32 << 20;
-/// Writing 0x5555 ends the emulation with status 0, `status << 16 | 0x3333` with another.
 const TEST_DEVICE: usize = 0x10_0000;
 
 static ARENA_MEMORY: ConstStaticCell<ArenaMemory<ARENA>> = ConstStaticCell::new(ArenaMemory::new());
@@ -41,12 +40,8 @@ fn console() -> Uart16550<MmioBackend> {
 }
 
 fn exit(status: u8) -> ! {
-    let word = if status == 0 { 0x5555 } else { u32::from(status) << 16 | 0x3333 };
     // SAFETY: the test device of this machine.
-    unsafe { (TEST_DEVICE as *mut u32).write_volatile(word) };
-    loop {
-        core::hint::spin_loop();
-    }
+    unsafe { riscv64::finish(TEST_DEVICE, status) }
 }
 
 #[riscv_rt::entry]
