@@ -372,6 +372,30 @@ fn what_is_wrong_is_said() {
     }
 }
 
+/// A read that the device fails is tried again; one that it keeps failing ends the run with its name.
+#[test]
+fn device_errors_are_tried_again_and_then_named() {
+    let disk = file(fixture());
+    // The last page of the image is a unit's.
+    let sector = fixture().len() / 512 - 8;
+    for machine in MACHINES {
+        let boot = |sector: usize, once: &str| {
+            let fault = format!("file.inject-error.0.event=read_aio,file.inject-error.0.sector={sector}");
+            let layers = format!("driver=raw,file.driver=blkdebug,file.image.driver=file,{fault}");
+            let name = format!("file.image.filename={},if=none,id=disk,readonly=on", disk.path.display());
+            let drive = format!("{layers},file.inject-error.0.once={once},{name}");
+            let more = ["-drive", &drive, "-device", "virtio-blk-device,drive=disk"];
+            Boot { more: &more, ..Boot::new(machine, PROMPT) }.run()
+        };
+        let Some(report) = boot(sector, "on") else { continue };
+        report.agrees(fixture(), KvFormat::F16);
+        assert!(report.line("reads: ").ends_with("; 1 tried again"), "the error was not met");
+        let report = boot(sector, "off").unwrap();
+        report.fails(1, "failed 3 times: the device reported an error");
+        boot(0, "off").unwrap().fails(1, "the device reported an error: virtio-blk: I/O error");
+    }
+}
+
 /// The core has no allocator, and boards add none.
 #[test]
 fn nothing_allocates() {
