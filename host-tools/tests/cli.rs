@@ -446,3 +446,22 @@ fn inspect_shows_the_plan() {
     assert_eq!(json["model"]["family"], "lfm2_moe");
     failure(1, &["inspect", image(), "--ram", "100K"], &["--ram 100K is too small"]);
 }
+
+#[test]
+fn bench_measures_both_tests_and_what_is_streamed() {
+    let lines = stdout(&["bench", image(), "-p", "24", "-n", "12", "-r", "2", "--ram", "4M", "--json"]);
+    let rows: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let tests: Vec<&str> = rows.iter().map(|row| row["test"].as_str().unwrap()).collect();
+    assert_eq!(tests, ["pp24", "tg12"]);
+    for row in &rows {
+        let rate = |key: &str| row[key].as_f64().unwrap();
+        assert!(0.0 < rate("tok_s_min") && rate("tok_s_min") <= rate("tok_s_median"), "{row}");
+        assert!(rate("tok_s_median") <= rate("tok_s_max"), "{row}");
+        assert!(rate("bytes_read_per_token") > 0.0, "the pool holds only a part: {row}");
+    }
+    // A prompt's tokens share the experts that are read.
+    let read = |i: usize| rows[i]["bytes_read_per_token"].as_f64().unwrap();
+    assert!(read(0) < read(1), "{rows:?}");
+    failure(1, &["bench", image(), "-p", "0", "-n", "0"], &["-p and -n"]);
+    failure(1, &["bench", image(), "-p", "100000"], &["context of 2048"]);
+}

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod bench;
 mod chat;
 mod convert;
 mod inspect;
@@ -42,6 +43,8 @@ enum Command {
     Convert(convert::ConvertArgs),
     /// Generate text.
     Run(run::RunArgs),
+    /// Measure tokens a second of prompt and of generation.
+    Bench(bench::BenchArgs),
     /// Talk with a model, line by line.
     Chat(chat::ChatArgs),
     /// Write the logits of given tokens as a NumPy array.
@@ -69,6 +72,7 @@ pub fn main() -> Result<()> {
     match command {
         Command::Convert(args) => convert::main(&args),
         Command::Run(args) => run::main(&args),
+        Command::Bench(args) => bench::main(&args),
         Command::Chat(args) => chat::main(&args),
         Command::Logits(args) => logits::main(&args),
         Command::Perplexity(args) => perplexity::main(&args),

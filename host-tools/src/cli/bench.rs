@@ -1,0 +1,159 @@
+//! `forebay bench`: tokens a second of prompt and of generation.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use clap::Args;
+use forebay_runtime::engine::Output;
+use serde::Serialize;
+
+use super::{MachineArgs, ModelArgs, label, positive};
+use crate::host::session::{self, Extra, Request, Session, Setup};
+use crate::host::size::bytes_text;
+
+#[derive(Args)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Tokens of the prompt test; 0 leaves it out
+    #[arg(short = 'p', long = "prompt", value_name = "N", default_value = "512")]
+    prompt: usize,
+    /// Tokens of the generation test; 0 leaves it out
+    #[arg(short = 'n', long = "gen", value_name = "N", default_value = "128")]
+    generation: usize,
+    /// Times that each test is run, after one run that is not counted
+    #[arg(short, long, value_name = "N", default_value = "5", value_parser = positive)]
+    repetitions: usize,
+    /// One JSON object a test instead of the table
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+/// One test's result.
+#[derive(Serialize)]
+struct Row {
+    model: String,
+    image_bytes: u64,
+    arena_bytes: u64,
+    pool_bytes: u64,
+    backend: &'static str,
+    threads: usize,
+    store: String,
+    /// `pp` or `tg` and the number of tokens, as llama-bench has it.
+    test: String,
+    tok_s_median: f64,
+    tok_s_min: f64,
+    tok_s_max: f64,
+    bytes_read_per_token: f64,
+    stall_share: f64,
+}
+
+/// A sequence of ids that repeats late and means nothing; experts are used as random text would.
+fn ids(count: usize, vocab: usize) -> Vec<u32> {
+    let mut state = 1u64;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) % vocab as u64) as u32
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// Feeds `tokens` as a new sequence, `step` at a time.
+fn pass(session: &mut Session<'_, '_>, tokens: &[u32], step: usize) -> Result<Duration> {
+    session.reset()?;
+    let start = Instant::now();
+    for chunk in tokens.chunks(step) {
+        session.feed(chunk, Output::Last, |_, _| ())?;
+    }
+    Ok(start.elapsed())
+}
+
+pub fn main(args: &BenchArgs) -> Result<()> {
+    let backend = args.machine.backend()?;
+    ensure!(args.prompt + args.generation > 0, "there is nothing to do: -p and -n are both 0");
+    let found = args.model.find()?;
+    let threads = args.machine.threads();
+    let (setup, vocab, name) = found.file.probe(|image, _| {
+        let model = image.model();
+        let context = args.prompt.max(args.generation);
+        ensure!(
+            context <= model.context(),
+            "{context} tokens are longer than the model's context of {}; give fewer with -p and -n",
+            model.context()
+        );
+        let request = Request {
+            context,
+            batch: args.machine.batch.min(args.prompt.max(1)),
+            logit_rows: 1,
+            kv: args.machine.kv(model),
+            threads,
+            extra: Extra::default(),
+        };
+        let plan = session::plan(&found.file, image, &request, &args.machine.ram(found.bundled))?;
+        let record = model.record();
+        let name = format!("{} {}", label(&record.name), label(&record.weights_label));
+        let extra = request.extra;
+        let setup = Setup { plan, extra, backend, threads, store: args.machine.store(), with_tokenizer: false };
+        Ok((setup, model.vocab(), name))
+    })?;
+    let tests = [("pp", args.prompt, args.prompt.max(1)), ("tg", args.generation, 1)];
+    if !args.json {
+        println!(
+            "| model | image | arena | backend | threads | test | tok/s, median (min to max) | read a token | stalled |"
+        );
+        println!("|---|---:|---:|---|---:|---|---:|---:|---:|");
+    }
+    session::run(&found.file, setup, |session| {
+        for (kind, count, step) in tests.into_iter().filter(|(_, count, _)| *count > 0) {
+            let tokens = ids(count, vocab);
+            pass(session, &tokens, step)?;
+            let (bytes, stalled) = (session.engine.stats().unit_bytes, session.stalled());
+            let times = (0..args.repetitions).map(|_| pass(session, &tokens, step)).collect::<Result<Vec<_>>>()?;
+            let total: Duration = times.iter().sum();
+            let mut rates: Vec<f64> = times.iter().map(|t| count as f64 / t.as_secs_f64()).collect();
+            rates.sort_by(f64::total_cmp);
+            let fed = (count * args.repetitions) as f64;
+            let row = Row {
+                model: name.clone(),
+                image_bytes: session.file.len,
+                arena_bytes: session.engine.plan().limits.arena,
+                pool_bytes: session.engine.plan().pool,
+                backend: session.backend(),
+                threads,
+                store: session.store_name.clone(),
+                test: format!("{kind}{count}"),
+                tok_s_median: rates[rates.len() / 2],
+                tok_s_min: rates[0],
+                tok_s_max: rates[rates.len() - 1],
+                bytes_read_per_token: (session.engine.stats().unit_bytes - bytes) as f64 / fed,
+                stall_share: (session.stalled() - stalled).as_secs_f64() / total.as_secs_f64(),
+            };
+            print(&row, args.json)?;
+        }
+        Ok(())
+    })
+}
+
+fn print(row: &Row, json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string(row)?);
+        return Ok(());
+    }
+    println!(
+        "| {} | {} | {} | {} | {} | {} | {:.1} ({:.1} to {:.1}) | {} | {:.0} % |",
+        row.model,
+        bytes_text(row.image_bytes),
+        bytes_text(row.arena_bytes),
+        row.backend,
+        row.threads,
+        row.test,
+        row.tok_s_median,
+        row.tok_s_min,
+        row.tok_s_max,
+        bytes_text(row.bytes_read_per_token as u64),
+        100.0 * row.stall_share
+    );
+    Ok(())
+}
