@@ -40,7 +40,8 @@ impl Backend {
     }
     /// The fastest back-end of this CPU.
     ///
-    /// With feature `std` the CPU is asked; without it the target features of the build decide.
+    /// With feature `std` the CPU is asked (on RISC-V through Linux); without it the target features of the build
+    /// decide.
     pub fn detect() -> Self {
         let best = arch::best().map_or_else(Self::scalar, Self);
         #[cfg(feature = "log")]
@@ -57,7 +58,7 @@ impl Backend {
     pub fn all() -> impl Iterator<Item = Self> {
         core::iter::once(Self::scalar()).chain(arch::vector_backends().into_iter().flatten().map(Self))
     }
-    /// Name as reports print it: `scalar`, `avx2`, …
+    /// Name as reports print it: `scalar`, `avx2`, `neon`, `dotprod` or `rvv`.
     pub fn name(&self) -> &'static str {
         self.0.name()
     }

@@ -8,6 +8,8 @@
 mod aarch64;
 #[cfg(any(test, feature = "std"))]
 pub(crate) mod pool;
+#[cfg(all(target_arch = "riscv64", target_feature = "d"))]
+mod riscv64;
 pub(crate) mod split;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
@@ -114,9 +116,16 @@ pub(crate) fn vector_backends() -> [Option<&'static dyn Kernels>; 2] {
 }
 
 /// The vector back-ends of this CPU, slowest first.
+#[cfg(all(target_arch = "riscv64", target_feature = "d"))]
+pub(crate) fn vector_backends() -> [Option<&'static dyn Kernels>; 1] {
+    [riscv64::rvv::get()]
+}
+
+/// The vector back-ends of this CPU, slowest first.
 #[cfg(not(any(
     target_arch = "x86_64",
-    all(target_arch = "aarch64", target_feature = "neon", target_endian = "little")
+    all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"),
+    all(target_arch = "riscv64", target_feature = "d")
 )))]
 pub(crate) fn vector_backends() -> [Option<&'static dyn Kernels>; 0] {
     []

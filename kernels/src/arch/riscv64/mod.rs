@@ -1,0 +1,3 @@
+//! Back-ends for 64-bit RISC-V.
+
+pub(super) mod rvv;
