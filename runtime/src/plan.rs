@@ -105,9 +105,8 @@ impl Working {
             tokens: batch,
             ..Self::default()
         };
-        let mut acts = |shape: &MatrixShape, tokens: usize| {
-            let bytes = shape.act_spec().map_or(0, |spec| spec.bytes(shape.cols as usize, tokens));
-            w.act_bytes = w.act_bytes.max(bytes);
+        let act_bytes = |shape: &MatrixShape, tokens: usize| {
+            shape.act_spec().map_or(0, |spec| spec.bytes(shape.cols as usize, tokens))
         };
         for t in model.tensors() {
             let role = Role::from_u16(t.role.get());
@@ -117,21 +116,12 @@ impl Working {
             );
             if let Some(shape) = t.matrix.shape() {
                 if is_matrix {
-                    acts(&shape, batch);
+                    w.act_bytes = w.act_bytes.max(act_bytes(&shape, batch));
                 } else if matches!(role, Some(Role::Embedding | Role::OutputHead)) {
-                    acts(&shape, limits.logit_rows.min(batch));
+                    w.act_bytes = w.act_bytes.max(act_bytes(&shape, limits.logit_rows.min(batch)));
                 }
             }
         }
-        let mut unit_acts = 0;
-        for layer in (0..model.layer_count()).filter_map(|l| model.layer(l)) {
-            acts(&layer.unit.gate, batch);
-            acts(&layer.unit.up, batch);
-            let down = &layer.unit.down;
-            let bytes = down.act_spec().map_or(0, |spec| spec.bytes(down.cols as usize, batch));
-            unit_acts = unit_acts.max(bytes);
-        }
-        w.unit_act_bytes = unit_acts;
         for layer in (0..model.layer_count()).filter_map(|l| model.layer(l)) {
             let (operator, mixed) = match layer.operator {
                 Operator::Attention => {
@@ -147,6 +137,9 @@ impl Working {
             w.gate = w.gate.max(batch * layer.unit_width);
             w.up = w.up.max(batch * layer.unit_width);
             w.needs = w.needs.max(layer.units);
+            let inputs = act_bytes(&layer.unit.gate, batch).max(act_bytes(&layer.unit.up, batch));
+            w.act_bytes = w.act_bytes.max(inputs);
+            w.unit_act_bytes = w.unit_act_bytes.max(act_bytes(&layer.unit.down, batch));
             if layer.router != Router::All {
                 w.partial = w.partial.max(batch * layer.top_k * hidden);
                 w.scores = w.scores.max(batch * layer.units);

@@ -7,8 +7,8 @@ use clap::Args;
 use forebay_runtime::engine::Output;
 use serde::Serialize;
 
-use super::{MachineArgs, ModelArgs, label, positive};
-use crate::host::session::{self, Extra, Request, Session, Setup};
+use super::{MachineArgs, ModelArgs, Wanted, label, positive};
+use crate::host::session::{self, Extra, Session};
 use crate::host::size::bytes_text;
 
 #[derive(Args)]
@@ -83,19 +83,11 @@ pub fn main(args: &BenchArgs) -> Result<()> {
             "{context} tokens are longer than the model's context of {}; give fewer with -p and -n",
             model.context()
         );
-        let request = Request {
-            context,
-            batch: args.machine.batch.min(args.prompt.max(1)),
-            logit_rows: 1,
-            kv: args.machine.kv(model),
-            threads,
-            extra: Extra::default(),
-        };
-        let plan = session::plan(&found.file, image, &request, &args.machine.ram(found.bundled))?;
         let record = model.record();
         let name = format!("{} {}", label(&record.name), label(&record.weights_label));
-        let extra = request.extra;
-        let setup = Setup { plan, extra, backend, threads, store: args.machine.store(), with_tokenizer: false };
+        let extra = Extra::default();
+        let wanted = Wanted { context, batch: args.prompt.max(1), logit_rows: 1, extra, with_tokenizer: false };
+        let setup = args.machine.setup(&found, image, backend, wanted)?;
         Ok((setup, model.vocab(), name))
     })?;
     let tests = [("pp", args.prompt, args.prompt.max(1)), ("tg", args.generation, 1)];

@@ -7,9 +7,9 @@ use clap::Args;
 use forebay_runtime::sample::Sampler;
 use forebay_runtime::tokenizer::{EncodeOptions, Tokenizer};
 
-use super::{MachineArgs, ModelArgs, SampleArgs};
+use super::{MachineArgs, ModelArgs, SampleArgs, Wanted};
 use crate::host::generate::{Generated, Until, generate, rate};
-use crate::host::session::{self, Extra, Request, Session, Setup};
+use crate::host::session::{self, Extra, Session};
 use crate::host::template::{Message, Template};
 
 /// Longest piece of text that the tokenizer has room for, in bytes: a word, or, for tokenizers that do not cut at
@@ -43,7 +43,6 @@ pub struct ChatArgs {
 pub fn main(args: &ChatArgs) -> Result<()> {
     let backend = args.machine.backend()?;
     let found = args.model.find()?;
-    let threads = args.machine.threads();
     let (setup, template, params) = found.file.probe(|image, tokenizer| {
         let model = image.model();
         let tokenizer = tokenizer.with_context(|| format!("{} has no tokenizer", found.file.path.display()))?;
@@ -53,16 +52,9 @@ pub fn main(args: &ChatArgs) -> Result<()> {
             candidates: Sampler::candidates(&params, model.vocab()),
             scratch: Tokenizer::encode_scratch(LONGEST_PIECE),
         };
-        let request = Request {
-            context: args.context.unwrap_or(model.context().min(super::LONG_CONTEXT)),
-            batch: args.machine.batch,
-            logit_rows: 1,
-            kv: args.machine.kv(model),
-            threads,
-            extra,
-        };
-        let plan = session::plan(&found.file, image, &request, &args.machine.ram(found.bundled))?;
-        let setup = Setup { plan, extra, backend, threads, store: args.machine.store(), with_tokenizer: true };
+        let context = args.context.unwrap_or(model.context().min(super::LONG_CONTEXT));
+        let wanted = Wanted { context, batch: usize::MAX, logit_rows: 1, extra, with_tokenizer: true };
+        let setup = args.machine.setup(&found, image, backend, wanted)?;
         Ok((setup, template, params))
     })?;
     session::run(&found.file, setup, |session| {

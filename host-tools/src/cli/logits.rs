@@ -8,9 +8,9 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use forebay_runtime::engine::Output;
 
-use super::{MachineArgs, ModelArgs, check_ids, check_output};
+use super::{MachineArgs, ModelArgs, Wanted, check_ids, check_output};
 use crate::host::npy;
-use crate::host::session::{self, Extra, Request, Setup};
+use crate::host::session::{self, Extra};
 
 /// Rows of logits that are kept at once.
 const LOGIT_ROWS: usize = 16;
@@ -43,18 +43,10 @@ pub fn main(args: &LogitsArgs) -> Result<()> {
             tokens.len(),
             model.context()
         );
-        let threads = args.machine.threads();
-        let request = Request {
-            context: tokens.len(),
-            batch: args.machine.batch.min(tokens.len()),
-            logit_rows: LOGIT_ROWS,
-            kv: args.machine.kv(model),
-            threads,
-            extra: Extra::default(),
-        };
-        let plan = session::plan(&found.file, image, &request, &args.machine.ram(found.bundled))?;
-        let extra = request.extra;
-        let setup = Setup { plan, extra, backend, threads, store: args.machine.store(), with_tokenizer: false };
+        let count = tokens.len();
+        let extra = Extra::default();
+        let wanted = Wanted { context: count, batch: count, logit_rows: LOGIT_ROWS, extra, with_tokenizer: false };
+        let setup = args.machine.setup(&found, image, backend, wanted)?;
         Ok((setup, model.vocab()))
     })?;
     let what = || format!("writing {}", args.output.display());

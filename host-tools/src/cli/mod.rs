@@ -19,11 +19,12 @@ use forebay_kernels::exec::Backend;
 use forebay_kernels::weights::Group;
 use forebay_runtime::model::Model;
 use forebay_runtime::model::record::ModelRecord;
+use forebay_runtime::open::Image;
 use forebay_runtime::sample::SamplerParams;
 use forebay_storage::layers::DeviceProfile;
 
 use crate::host::models::{self, Found};
-use crate::host::session::{self, Ram};
+use crate::host::session::{self, Extra, Ram, Request, Setup};
 use crate::host::size::Size;
 use crate::host::store::{StoreKind, StoreOptions};
 
@@ -190,6 +191,32 @@ impl MachineArgs {
             None if bundled => Ram::Streaming,
             None => Ram::Ample,
         }
+    }
+}
+
+/// What a command needs of a session, besides the machine.
+struct Wanted {
+    /// Tokens of the longest sequence.
+    context: usize,
+    /// Most tokens that it ever gives at once.
+    batch: usize,
+    /// Rows of logits kept at once.
+    logit_rows: usize,
+    /// What else lies in the arena.
+    extra: Extra,
+    /// Whether the tokenizer's tables are read.
+    with_tokenizer: bool,
+}
+
+impl MachineArgs {
+    /// Plans the arena and says everything that a session is told.
+    fn setup(&self, found: &Found, image: &Image<'_>, backend: Backend, wanted: Wanted) -> Result<Setup> {
+        let Wanted { context, batch, logit_rows, extra, with_tokenizer } = wanted;
+        let threads = self.threads();
+        let (batch, kv) = (self.batch.min(batch), self.kv(image.model()));
+        let request = Request { context, batch, logit_rows, kv, threads, extra };
+        let plan = session::plan(&found.file, image, &request, &self.ram(found.bundled))?;
+        Ok(Setup { plan, extra, backend, threads, store: self.store(), with_tokenizer })
     }
 }
 

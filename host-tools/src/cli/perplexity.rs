@@ -11,9 +11,9 @@ use forebay_runtime::tokenizer::EncodeOptions;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-use super::{MachineArgs, ModelArgs};
+use super::{MachineArgs, ModelArgs, Wanted};
 use crate::host::generate::rate;
-use crate::host::session::{self, Extra, Request, Setup};
+use crate::host::session::{self, Extra};
 
 /// Rows of logits that are kept at once.
 const LOGIT_ROWS: usize = 16;
@@ -118,17 +118,9 @@ pub fn main(args: &PerplexityArgs) -> Result<()> {
             tokens.len(),
             2 * context
         );
-        let request = Request {
-            context,
-            batch: args.machine.batch.min(context),
-            logit_rows: LOGIT_ROWS,
-            kv: args.machine.kv(model),
-            threads,
-            extra: Extra::default(),
-        };
-        let plan = session::plan(&found.file, image, &request, &args.machine.ram(found.bundled))?;
-        let extra = request.extra;
-        let setup = Setup { plan, extra, backend, threads, store: args.machine.store(), with_tokenizer: false };
+        let extra = Extra::default();
+        let wanted = Wanted { context, batch: context, logit_rows: LOGIT_ROWS, extra, with_tokenizer: false };
+        let setup = args.machine.setup(&found, image, backend, wanted)?;
         Ok((setup, tokens, bos))
     })?;
     drop(text);

@@ -9,10 +9,10 @@ use forebay_runtime::sample::{Sampler, SamplerParams};
 use forebay_runtime::tokenizer::{EncodeOptions, Tokenizer};
 use serde::Serialize;
 
-use super::{MachineArgs, ModelArgs, SampleArgs, check_ids, label};
+use super::{MachineArgs, ModelArgs, SampleArgs, Wanted, check_ids, label};
 use crate::host::generate::{Generated, Until, generate, rate};
 use crate::host::models::Found;
-use crate::host::session::{self, Extra, Request, Session, Setup};
+use crate::host::session::{self, Extra, Session, Setup};
 use crate::host::size::bytes_text;
 use crate::host::template::{Message, Template};
 
@@ -188,26 +188,11 @@ fn prepare(
         if context < model.context() { ", or a longer context with -c" } else { "" }
     );
     let params = args.sample.params(model.record());
-    let threads = args.machine.threads();
-    let request = Request {
-        context,
-        batch: args.machine.batch.min(ids),
-        logit_rows: 1,
-        kv: args.machine.kv(model),
-        threads,
-        extra: Extra { candidates: Sampler::candidates(&params, model.vocab()), scratch },
-    };
-    let plan = session::plan(&found.file, image, &request, &args.machine.ram(found.bundled))?;
+    let extra = Extra { candidates: Sampler::candidates(&params, model.vocab()), scratch };
+    let wanted = Wanted { context, batch: ids, logit_rows: 1, extra, with_tokenizer: tokenizer.is_some() };
+    let setup = args.machine.setup(found, image, backend, wanted)?;
     let record = model.record();
     let name = format!("{} ({}, {})", label(&record.name), label(&record.family), label(&record.weights_label));
-    let setup = Setup {
-        plan,
-        extra: request.extra,
-        backend,
-        threads,
-        store: args.machine.store(),
-        with_tokenizer: tokenizer.is_some(),
-    };
     Ok(Prepared { prompt, setup, count: args.n.unwrap_or(DEFAULT_COUNT), params, name })
 }
 

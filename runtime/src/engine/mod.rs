@@ -405,10 +405,6 @@ impl<'a> Engine<'a> {
     pub fn position(&self) -> usize {
         self.position
     }
-    /// Reads that were handed out and have not come back.
-    pub fn reads_in_flight(&self) -> usize {
-        self.in_flight
-    }
 
     /// Starts a new sequence. The pool keeps what it holds.
     pub fn reset(&mut self) -> Result<(), EngineError> {

@@ -73,10 +73,11 @@ impl<'a> Engine<'a> {
             let exists = layer == NO_LAYER || usize::from(layer) < self.layers.len();
             return exists.then_some(ReadTarget::Group { layer });
         }
-        let of = |l: &LayerState<'_>| id.checked_sub(l.unit_base).filter(|u| (*u as usize) < l.shape.units);
-        self.layers.iter().flatten().enumerate().find_map(|(layer, state)| {
-            of(state).map(|unit| ReadTarget::Unit { layer: layer as u16, unit: unit as u16 })
-        })
+        self.layers
+            .iter()
+            .flatten()
+            .enumerate()
+            .find_map(|(layer, state)| state.unit(id).map(|unit| ReadTarget::Unit { layer: layer as u16, unit }))
     }
 
     fn unit_record(&self, layer: u16, unit: u16) -> Option<&'a ExtentRecord> {
@@ -134,15 +135,13 @@ impl<'a> Engine<'a> {
 
     fn demand_read(&mut self) -> Option<ReadRequest<'a>> {
         let Phase::Units(layer) = self.phase else { return None };
-        let base = self.layer(layer).ok()?.unit_base;
+        let state = self.layers.get(layer)?.as_ref()?;
+        let base = state.unit_base;
         let needs = &self.buffers.needs[..self.need_count];
         let missing =
             |need: &&UnitNeed| !need.done && self.pool.residency(base + u32::from(need.unit)) == Residency::Absent;
         let unit = needs.iter().find(missing)?.unit;
-        let needed = |id: u32| {
-            let unit = id.checked_sub(base);
-            unit.is_some_and(|unit| needs.iter().any(|n| !n.done && u32::from(n.unit) == unit))
-        };
+        let needed = |id| state.needs(needs, id);
         let id = base + u32::from(unit);
         let next_use = |id| next_use(self.layers, layer, id);
         let mut buf = self.pool.claim(id, needed, next_use);
@@ -184,23 +183,20 @@ impl<'a> Engine<'a> {
             return None;
         }
         let ahead = if own { layer } else { (layer + 1) % self.layers.len() };
-        let state = self.layer(ahead).ok()?;
+        let state = self.layers.get(ahead)?.as_ref()?;
         if state.shape.router != Router::All {
             return None;
         }
         let (base, units) = (state.unit_base, state.shape.units as u32);
         let unit = (0..units).find(|u| self.pool.residency(base + u) == Residency::Absent)?;
-        let present = if own { None } else { Some(self.layer(layer).ok()?.unit_base) };
+        let present = if own { None } else { Some(self.layers.get(layer)?.as_ref()?) };
         let needs = &self.buffers.needs[..self.need_count];
         let now = if own { layer.checked_sub(1).unwrap_or(self.layers.len() - 1) } else { layer };
         let next_use = |id| next_use(self.layers, now, id);
         let keep = |id: u32| {
-            let needed = |base: u32| {
-                id.checked_sub(base).is_some_and(|u| needs.iter().any(|n| !n.done && u32::from(n.unit) == u))
-            };
             // A unit that is needed again soon would only be read again: better to wait for one that is not.
             let soon = next_use(id).is_some_and(|layers| 2 * layers < self.layers.len());
-            soon || (base..base + units).contains(&id) || present.is_some_and(needed)
+            soon || state.unit(id).is_some() || present.is_some_and(|present| present.needs(needs, id))
         };
         let buf = self.pool.claim(base + unit, keep, next_use)?;
         self.stats.prefetched += 1;
@@ -223,10 +219,21 @@ impl<'a> Engine<'a> {
     }
 }
 
+impl LayerState<'_> {
+    /// Which of the layer's units the unit numbered `id` over all layers is, if it is one.
+    fn unit(&self, id: u32) -> Option<u16> {
+        id.checked_sub(self.unit_base).filter(|unit| (*unit as usize) < self.shape.units).map(|unit| unit as u16)
+    }
+
+    /// Whether unit `id` is the layer's and one of `needs` that is not done.
+    fn needs(&self, needs: &[UnitNeed], id: u32) -> bool {
+        self.unit(id).is_some_and(|unit| needs.iter().any(|n| !n.done && n.unit == unit))
+    }
+}
+
 /// In how many layers a unit of a dense layer is used again, `now` being the layer whose units are being used.
 fn next_use(layers: &[Option<LayerState<'_>>], now: usize, id: u32) -> Option<usize> {
-    let of = |l: &LayerState<'_>| id.checked_sub(l.unit_base).is_some_and(|u| (u as usize) < l.shape.units);
-    let layer = layers.iter().position(|l| l.as_ref().is_some_and(of))?;
-    let dense = layers[layer].as_ref().is_some_and(|l| l.shape.router == Router::All);
-    dense.then_some((layer + layers.len() - now - 1) % layers.len())
+    let mut layer_of = layers.iter().flatten().enumerate();
+    let (layer, state) = layer_of.find(|(_, state)| state.unit(id).is_some())?;
+    (state.shape.router == Router::All).then_some((layer + layers.len() - now - 1) % layers.len())
 }
