@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use forebay::convert::{ConvertOptions, WeightChoice};
 use forebay_conformance::reference::{self, argmax};
-use forebay_conformance::{Run, Setup, fixtures, image_of, run};
+use forebay_conformance::{Run, Setup, fixtures, image_of, run, skipped};
 use forebay_kernels::attention::KvFormat;
 
 /// Longest time that one boot may take.
@@ -71,7 +71,7 @@ fn repository() -> &'static Path {
 fn missing(what: &str) {
     let required = std::env::var_os("FOREBAY_REQUIRE_BOARDS").is_some_and(|v| v == "1");
     assert!(!required, "FOREBAY_REQUIRE_BOARDS is set, but {what}");
-    eprintln!("\nSKIPPED: {what}; nothing was booted\n");
+    skipped(&format!("{what}; nothing was booted"));
 }
 
 impl Machine {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use forebay::convert::{ConvertOptions, WeightChoice};
 use forebay_conformance::reference::argmax;
-use forebay_conformance::{Run, Setup, image_of, run};
+use forebay_conformance::{Run, Setup, image_of, run, skipped};
 use forebay_kernels::attention::KvFormat;
 use serde_json::Value;
 
@@ -14,7 +14,7 @@ fn model() -> Option<PathBuf> {
     match std::env::var_os("FOREBAY_SMOLLM2") {
         Some(path) => Some(path.into()),
         None => {
-            eprintln!("SKIPPED: FOREBAY_SMOLLM2 does not name SmolLM2-135M-Instruct.Q4_1.gguf (see README)");
+            skipped("FOREBAY_SMOLLM2 does not name SmolLM2-135M-Instruct.Q4_1.gguf (see README)");
             None
         }
     }
