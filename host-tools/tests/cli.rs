@@ -88,6 +88,13 @@ fn usage_errors_have_code_2() {
     failure(2, &["logits", "x", "-o", "y"], &["--token-ids"]);
     failure(2, &["convert", "x"], &["--output"]);
     failure(2, &["convert", "x", "-o", "y", "--weights", "q5"], &["q5", "q4"]);
+    failure(2, &["bench", "--kernels", "--shape", "64"], &["64", "4096x4096"]);
+    failure(2, &["bench", "--kernels", "--shape", "0x64"], &["0x64"]);
+    failure(2, &["bench", "--kernels", "--bits", "5"], &["5", "1, 2, 3, 4 or 8"]);
+    failure(2, &["bench", "--kernels", "x"], &["cannot be used with"]);
+    failure(2, &["bench", "--kernels", "--ram", "64M"], &["cannot be used with"]);
+    failure(2, &["bench", "x", "--bits", "4"], &["--bits", "cannot be used with"]);
+    failure(2, &["bench", "--shape", "64x64"], &["--kernels"]);
 }
 
 #[test]
@@ -158,6 +165,45 @@ fn the_json_line_has_its_fields() {
     assert!(pool >= streamed && streamed > 0, "{pool} {streamed}");
     assert!(json["cache"]["bytes_read"].as_u64().unwrap() <= streamed);
     assert!(json["cache"]["hits"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn kernels_are_measured_beside_a_read() {
+    let fixed = ["bench", "--kernels", "--shape", "100x320", "-t", "2", "--json"];
+    let rows = |options: &[&str]| -> Vec<Value> {
+        let text = stdout(&[&fixed, options].concat());
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let all = rows(&[]);
+    let what: Vec<_> = all.iter().map(|row| (row["bits"].as_u64().unwrap(), row["memory"].as_str().unwrap())).collect();
+    let (hot, dram) = ("hot", "dram");
+    assert_eq!(what, [(4, hot), (4, dram), (3, hot), (3, dram), (2, hot), (2, dram), (1, hot), (1, dram)]);
+    for row in &all {
+        let fields: Vec<_> = row.as_object().unwrap().keys().map(String::as_str).collect();
+        let mut want =
+            ["kernel", "bits", "shape", "threads", "memory", "median_us", "read_only_us", "gbps", "gops", "nmse"];
+        want.sort();
+        assert_eq!(fields, want, "serde_json sorts the keys it reads");
+        assert!(row["kernel"].as_str().unwrap().starts_with("gemv "));
+        assert_eq!((&row["shape"], &row["threads"]), (&Value::from("100x320"), &Value::from(2)));
+        let number = |field: &str| row[field].as_f64().unwrap();
+        assert!(number("median_us") > 0.0 && number("read_only_us") > 0.0);
+        let gops = 2.0 * 100.0 * 320.0 / number("median_us") / 1e3;
+        assert!((number("gops") / gops - 1.0).abs() < 1e-6);
+        // Weights of 1 bit and of 3 take activations of 7 bits.
+        let (least, most) = if row["bits"].as_u64().unwrap() % 2 == 1 { (4e-5, 5e-4) } else { (1e-5, 1e-4) };
+        assert!((least..most).contains(&number("nmse")), "{row}");
+    }
+    let one = rows(&["--bits", "8", "--memory", "hot", "--tokens", "5", "--backend", "scalar", "--group", "64"]);
+    assert_eq!(one.len(), 1);
+    assert_eq!(one[0]["kernel"], "gemm5 scalar");
+    assert_eq!(one[0]["bits"], 8);
+    let bytes = 128.0 * 320.0 * (1.0 + 2.0 / 64.0);
+    assert!(
+        (one[0]["gbps"].as_f64().unwrap() * one[0]["median_us"].as_f64().unwrap() * 1e3 / bytes - 1.0).abs() < 1e-6
+    );
+    let table = stdout(&["bench", "--kernels", "--shape", "64x64", "--bits", "4"]);
+    assert_eq!(table.lines().count(), 4, "{table}");
 }
 
 #[test]

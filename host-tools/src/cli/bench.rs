@@ -1,4 +1,4 @@
-//! `forebay bench`: tokens a second of prompt and of generation.
+//! `forebay bench`: tokens a second of prompt and of generation, or the kernels alone.
 
 use std::time::{Duration, Instant};
 
@@ -7,6 +7,7 @@ use clap::Args;
 use forebay_runtime::engine::Output;
 use serde::Serialize;
 
+use super::kernels::{self, KernelArgs, NOT_KERNELS};
 use super::{MachineArgs, ModelArgs, Wanted, label, positive};
 use crate::host::session::{self, Extra, Session};
 use crate::host::size::bytes_text;
@@ -29,6 +30,11 @@ pub struct BenchArgs {
     json: bool,
     #[command(flatten)]
     machine: MachineArgs,
+    /// Measure matrix products of random weights instead of a model, beside a loop that only reads them
+    #[arg(long, conflicts_with_all = NOT_KERNELS)]
+    kernels: bool,
+    #[command(flatten)]
+    kernel: KernelArgs,
 }
 
 /// One test's result.
@@ -72,6 +78,10 @@ fn pass(session: &mut Session<'_, '_>, tokens: &[u32], step: usize) -> Result<Du
 
 pub fn main(args: &BenchArgs) -> Result<()> {
     let backend = args.machine.backend()?;
+    if args.kernels {
+        let group = args.model.weights.group;
+        return kernels::main(&args.kernel, backend, args.machine.threads(), group, args.json);
+    }
     ensure!(args.prompt + args.generation > 0, "there is nothing to do: -p and -n are both 0");
     let found = args.model.find()?;
     let threads = args.machine.threads();

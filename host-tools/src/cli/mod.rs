@@ -4,6 +4,7 @@ mod bench;
 mod chat;
 mod convert;
 mod inspect;
+mod kernels;
 mod logits;
 mod perplexity;
 mod run;
@@ -44,7 +45,7 @@ enum Command {
     Convert(convert::ConvertArgs),
     /// Generate text.
     Run(run::RunArgs),
-    /// Measure tokens a second of prompt and of generation.
+    /// Measure tokens a second of prompt and of generation, or the kernels alone.
     Bench(bench::BenchArgs),
     /// Talk with a model, line by line.
     Chat(chat::ChatArgs),

@@ -92,6 +92,24 @@ pub(crate) trait Kernels: Sync {
     fn scale(&self, x: &mut [f32], s: f32) {
         float::scale(x, s);
     }
+    /// The exclusive or of all whole 64-bit words.
+    fn read_only(&self, bytes: &[u8]) -> u64 {
+        read_only(bytes)
+    }
+}
+
+/// The exclusive or of all whole 64-bit words, in as many independent chains as hide the latency of an operation.
+#[inline(always)]
+fn read_only(bytes: &[u8]) -> u64 {
+    let (words, _) = bytes.as_chunks::<8>();
+    let (lines, rest) = words.as_chunks::<32>();
+    let mut parities = [0; 32];
+    for line in lines {
+        for (parity, word) in parities.iter_mut().zip(line) {
+            *parity ^= u64::from_ne_bytes(*word);
+        }
+    }
+    rest.iter().map(|word| u64::from_ne_bytes(*word)).chain(parities).fold(0, |a, b| a ^ b)
 }
 
 /// The definition as a back-end.

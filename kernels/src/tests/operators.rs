@@ -42,6 +42,16 @@ fn every_back_end_gives_the_definition() {
     }
 }
 
+#[test]
+fn reading_reads_every_word() {
+    let mut rng = Rng::new(13);
+    for n in (0..40).chain([255, 256, 257, 1000, 4099]) {
+        let bytes: Vec<u8> = (0..n).map(|_| rng.next() as u8).collect();
+        let want = bytes.as_chunks::<8>().0.iter().fold(0, |parity, word| parity ^ u64::from_ne_bytes(*word));
+        assert!(Backend::all().all(|backend| backend.read_only(&bytes) == want), "{n}");
+    }
+}
+
 /// Some fixed bits, so that a change of the definition cannot go unseen.
 #[test]
 fn the_definition_stays() {

@@ -72,6 +72,10 @@ impl Kernels for Avx2 {
         // SAFETY: as above.
         unsafe { scale(x, s) }
     }
+    fn read_only(&self, bytes: &[u8]) -> u64 {
+        // SAFETY: as above.
+        unsafe { read_only(bytes) }
+    }
 }
 
 #[target_feature(enable = "avx2,f16c")]
@@ -104,6 +108,11 @@ fn add_scaled(acc: &mut [f32], x: &[f32], w: f32) {
 #[target_feature(enable = "avx2")]
 fn scale(x: &mut [f32], s: f32) {
     float::scale(x, s);
+}
+
+#[target_feature(enable = "avx2")]
+fn read_only(bytes: &[u8]) -> u64 {
+    crate::arch::read_only(bytes)
 }
 
 /// Loads 32 bytes.
