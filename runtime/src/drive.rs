@@ -15,6 +15,16 @@ pub trait Observer {
     fn routed(&mut self, layer: usize, choices: &[Choice]) {
         let _ = (layer, choices);
     }
+    /// A layer's units are about to be computed on `input`, the normed rows `[tokens][hidden]` of the residual stream
+    /// `residual`.
+    fn feed_forward(&mut self, layer: usize, input: &[f32], residual: &[f32]) {
+        let _ = (layer, input, residual);
+    }
+    /// A unit was computed. `activations` is what its down projection was applied to, `silu(gate) * up`,
+    /// `[tokens that use the unit][unit width]`.
+    fn unit(&mut self, layer: usize, unit: usize, activations: &[f32]) {
+        let _ = (layer, unit, activations);
+    }
 }
 
 /// Watches nothing.
@@ -77,8 +87,16 @@ pub fn advance<'a, S: BlockStore<'a>>(
                     }
                 }
             }
-            Step::Computed => {}
-            Step::Routed { layer } => observer.routed(layer, engine.choices()),
+            Step::Computed => {
+                if let Some((layer, unit, activations)) = engine.activations() {
+                    observer.unit(layer, unit, activations);
+                }
+            }
+            Step::Routed { layer } => {
+                observer.routed(layer, engine.choices());
+                let (input, residual) = engine.feed_forward();
+                observer.feed_forward(layer, input, residual);
+            }
             Step::Wait => wait(engine, store, observer)?,
             Step::Logits { position, rows } => return Ok(Reached::Logits { position, rows }),
             Step::Idle => return Ok(Reached::Idle),

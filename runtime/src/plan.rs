@@ -112,7 +112,15 @@ impl Working {
             let role = Role::from_u16(t.role.get());
             let is_matrix = matches!(
                 role,
-                Some(Role::Query | Role::Key | Role::Value | Role::AttentionOut | Role::ConvIn | Role::ConvOut)
+                Some(
+                    Role::Query
+                        | Role::Key
+                        | Role::Value
+                        | Role::AttentionOut
+                        | Role::ConvIn
+                        | Role::ConvOut
+                        | Role::ClusterGate
+                )
             );
             if let Some(shape) = t.matrix.shape() {
                 if is_matrix {
@@ -122,7 +130,7 @@ impl Working {
                 }
             }
         }
-        for layer in (0..model.layer_count()).filter_map(|l| model.layer(l)) {
+        for (index, layer) in (0..model.layer_count()).filter_map(|l| Some((l, model.layer(l)?))) {
             let (operator, mixed) = match layer.operator {
                 Operator::Attention => {
                     let (q, kv) = (layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim);
@@ -140,6 +148,9 @@ impl Working {
             let inputs = act_bytes(&layer.unit.gate, batch).max(act_bytes(&layer.unit.up, batch));
             w.act_bytes = w.act_bytes.max(inputs);
             w.unit_act_bytes = w.unit_act_bytes.max(act_bytes(&layer.unit.down, batch));
+            if model.predicts(index as u16) {
+                w.scores = w.scores.max(batch * layer.units);
+            }
             if layer.router != Router::All {
                 w.partial = w.partial.max(batch * layer.top_k * hidden);
                 w.scores = w.scores.max(batch * layer.units);

@@ -8,6 +8,7 @@ use forebay_kernels::ops;
 use forebay_kernels::weights::{MatrixRef, MatrixShape};
 use zerocopy::FromBytes;
 
+use super::clusters::keeps;
 use super::routing::choose;
 use super::{Choice, Engine, EngineError, LayerState, UnitNeed};
 use crate::model::Model;
@@ -19,7 +20,7 @@ const MISSING: EngineError = EngineError::LogicBug("a tensor that was validated 
 
 /// The resident tensors of a layer, or of the model.
 #[derive(Clone, Copy)]
-struct Tensors<'a> {
+pub(super) struct Tensors<'a> {
     model: Model<'a>,
     layer: u16,
     bytes: &'a [u8],
@@ -33,25 +34,25 @@ impl<'a> Tensors<'a> {
         Some((t.shape, bytes))
     }
 
-    fn matrix(&self, role: Role) -> Result<MatrixRef<'a>, EngineError> {
+    pub(super) fn matrix(&self, role: Role) -> Result<MatrixRef<'a>, EngineError> {
         let (shape, bytes) = self.bytes(role).ok_or(MISSING)?;
         MatrixRef::from_contiguous(shape, bytes).ok_or(MISSING)
     }
 
     /// A tensor of plain f32; `None` if the model has none of this role.
-    fn optional(&self, role: Role) -> Option<&'a [f32]> {
+    pub(super) fn optional(&self, role: Role) -> Option<&'a [f32]> {
         let (shape, bytes) = self.bytes(role)?;
         let len = shape.rows as usize * shape.cols as usize;
         <[f32]>::ref_from_bytes(bytes.get(..len * size_of::<f32>())?).ok()
     }
 
-    fn vector(&self, role: Role) -> Result<&'a [f32], EngineError> {
+    pub(super) fn vector(&self, role: Role) -> Result<&'a [f32], EngineError> {
         self.optional(role).ok_or(MISSING)
     }
 }
 
 /// Products of the same input with several matrices; the input is quantised once for each way they want it.
-fn project(
+pub(super) fn project(
     exec: &Exec<'_>,
     x: &[f32],
     tokens: usize,
@@ -75,7 +76,7 @@ fn project(
 }
 
 /// Adds a bias to every row of `x`.
-fn add_bias(x: &mut [f32], bias: Option<&[f32]>) {
+pub(super) fn add_bias(x: &mut [f32], bias: Option<&[f32]>) {
     if let Some(bias) = bias {
         x.chunks_exact_mut(bias.len()).for_each(|row| ops::add(row, bias));
     }
@@ -90,12 +91,12 @@ fn add_residual(residual: &mut [f32], output: &[f32], scale: f32) {
 }
 
 impl<'a> Engine<'a> {
-    fn global_tensors(&self) -> Result<Tensors<'a>, EngineError> {
+    pub(super) fn global_tensors(&self) -> Result<Tensors<'a>, EngineError> {
         let bytes = self.global.ready().ok_or(MISSING)?;
         Ok(Tensors { model: self.model, layer: NO_LAYER, bytes })
     }
 
-    fn layer_tensors(&self, layer: usize) -> Result<Tensors<'a>, EngineError> {
+    pub(super) fn layer_tensors(&self, layer: usize) -> Result<Tensors<'a>, EngineError> {
         let bytes = self.layer(layer)?.group.ready().ok_or(MISSING)?;
         Ok(Tensors { model: self.model, layer: layer as u16, bytes })
     }
@@ -256,10 +257,14 @@ impl<'a> Engine<'a> {
         self.need_count = 0;
         if shape.router == Router::All {
             b.output[..n * hidden].fill(0.0);
-            for unit in 0..shape.units {
-                b.needs[unit] = UnitNeed { unit: unit as u16, done: false };
+            if self.layers[index].as_ref().is_some_and(|l| l.sparse) {
+                self.choose_clusters(exec, index)?;
+            } else {
+                for unit in 0..shape.units {
+                    b.needs[unit] = UnitNeed { unit: unit as u16, done: false };
+                }
+                self.need_count = shape.units;
             }
-            self.need_count = shape.units;
         } else {
             let tensors = Tensors {
                 model: self.model,
@@ -294,10 +299,10 @@ impl<'a> Engine<'a> {
     /// Computes one resident unit for the tokens that use it.
     pub(super) fn unit(&mut self, exec: &Exec<'_>, index: usize, need: usize) -> Result<(), EngineError> {
         let tensors = self.layer_tensors(index)?;
-        let (shape, id, unit) = {
+        let (shape, id, unit, sparse) = {
             let layer: &LayerState<'_> = self.layer(index)?;
             let unit = self.buffers.needs[need].unit;
-            (layer.shape, layer.unit_base + u32::from(unit), unit)
+            (layer.shape, layer.unit_base + u32::from(unit), unit, layer.sparse)
         };
         self.pool.touch(id);
         let bytes = self.pool.get(id).ok_or(EngineError::LogicBug("a unit that is not resident"))?;
@@ -308,7 +313,10 @@ impl<'a> Engine<'a> {
         let chosen = &b.choices[..if shape.router == Router::All { 0 } else { n * shape.top_k }];
         // Which (token, rank) pairs use the unit; a dense layer's units are used by every token.
         let uses = |at: usize| chosen[at].unit == unit;
+        let (scores, threshold) = (&*b.scores, self.threshold);
+        let kept = |token: &usize| keeps(scores[token * shape.units + usize::from(unit)], threshold);
         let tokens = match shape.router {
+            Router::All if sparse => (0..n).filter(kept).count(),
             Router::All => n,
             _ => (0..chosen.len()).filter(|at| uses(*at)).count(),
         };
@@ -316,9 +324,15 @@ impl<'a> Engine<'a> {
         let input: &[f32] = if tokens == n {
             &b.normed[..n * hidden]
         } else {
-            let users = (0..chosen.len()).filter(|at| uses(*at)).map(|at| at / shape.top_k);
-            for (slot, token) in users.enumerate() {
+            let mut gather = |(slot, token): (usize, usize)| {
                 b.gathered[slot * hidden..][..hidden].copy_from_slice(&b.normed[token * hidden..][..hidden]);
+            };
+            match shape.router {
+                Router::All => (0..n).filter(kept).enumerate().for_each(gather),
+                _ => {
+                    let users = (0..chosen.len()).filter(|at| uses(*at)).map(|at| at / shape.top_k);
+                    users.enumerate().for_each(&mut gather);
+                }
             }
             &b.gathered[..tokens * hidden]
         };
@@ -331,7 +345,12 @@ impl<'a> Engine<'a> {
         let out = &mut b.gathered[..tokens * hidden];
         project(exec, gate, tokens, b.unit_acts, &mut [(view.down, &mut *out)]);
         match shape.router {
-            Router::All => ops::add(&mut b.output[..n * hidden], out),
+            Router::All if tokens == n => ops::add(&mut b.output[..n * hidden], out),
+            Router::All => {
+                for (token, row) in (0..n).filter(kept).zip(out.chunks_exact(hidden)) {
+                    ops::add(&mut b.output[token * hidden..][..hidden], row);
+                }
+            }
             _ => {
                 let slots = (0..chosen.len()).filter(|at| uses(*at));
                 for (at, row) in slots.zip(out.chunks_exact(hidden)) {
@@ -340,6 +359,7 @@ impl<'a> Engine<'a> {
             }
         }
         b.needs[need].done = true;
+        self.computed = Some((unit, tokens));
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 //! computed a piece, or that it waits, or logits; [`Engine::complete`] gives a read's buffer back. A buffer in
 //! flight belongs to its read, so devices fill it while `step` goes on with what is resident.
 
+mod clusters;
 mod compute;
 mod reads;
 mod routing;
@@ -219,6 +220,8 @@ pub(crate) struct LayerState<'a> {
     group: Group<'a>,
     /// Number of the layer's first unit, counted over all layers.
     unit_base: u32,
+    /// Whether a predictor chooses the neuron clusters that a token uses; else a dense layer uses all of them.
+    sparse: bool,
     keys: &'a mut [u8],
     values: &'a mut [u8],
     conv: &'a mut [f32],
@@ -253,6 +256,10 @@ pub struct Stats {
     pub retries: u64,
     /// Tokens computed.
     pub tokens: u64,
+    /// Uses of neuron clusters by tokens, in layers with predictors.
+    pub cluster_uses: u64,
+    /// Uses that there would have been if none had been left out.
+    pub cluster_all: u64,
 }
 
 /// Buffers of the decoder's pass; see `Working` in the plan for their sizes.
@@ -298,6 +305,12 @@ pub struct Engine<'a> {
     rotated: Option<f32>,
     /// Needs of the present layer.
     need_count: usize,
+    /// Share of the neuron clusters that is kept where there are predictors.
+    share: f32,
+    /// Scores above this, or that are no numbers, keep a cluster: the share's, once a layer was routed with it.
+    threshold: f32,
+    /// Number in its layer of the unit that the last step computed, and for how many tokens.
+    computed: Option<(u16, usize)>,
     /// Reads under way.
     in_flight: usize,
     queue_depth: usize,
@@ -382,6 +395,9 @@ impl<'a> Engine<'a> {
             count: 0,
             rotated: None,
             need_count: 0,
+            share: 1.0,
+            threshold: 0.0,
+            computed: None,
             in_flight: 0,
             queue_depth: queue_depth.max(1),
             retrying: LinearMap::new(),
@@ -448,6 +464,7 @@ impl<'a> Engine<'a> {
         if count > planned {
             return Err(EngineError::Workers { count, planned });
         }
+        self.computed = None;
         if let Some(request) = self.next_read() {
             return Ok(Step::Read(request));
         }
@@ -574,6 +591,7 @@ impl<'a> LayerState<'a> {
             shape,
             group,
             unit_base,
+            sparse: false,
             keys: arena.lines(cache)?,
             values: arena.lines(cache)?,
             conv: arena.f32s(taps * model.hidden())?,

@@ -184,7 +184,7 @@ impl<'a> Engine<'a> {
         }
         let ahead = if own { layer } else { (layer + 1) % self.layers.len() };
         let state = self.layers.get(ahead)?.as_ref()?;
-        if state.shape.router != Router::All {
+        if !state.certain() {
             return None;
         }
         let (base, units) = (state.unit_base, state.shape.units as u32);
@@ -220,6 +220,11 @@ impl<'a> Engine<'a> {
 }
 
 impl LayerState<'_> {
+    /// Whether every token uses every unit, in order.
+    fn certain(&self) -> bool {
+        self.shape.router == Router::All && !self.sparse
+    }
+
     /// Which of the layer's units the unit numbered `id` over all layers is, if it is one.
     fn unit(&self, id: u32) -> Option<u16> {
         id.checked_sub(self.unit_base).filter(|unit| (*unit as usize) < self.shape.units).map(|unit| unit as u16)
@@ -235,5 +240,5 @@ impl LayerState<'_> {
 fn next_use(layers: &[Option<LayerState<'_>>], now: usize, id: u32) -> Option<usize> {
     let mut layer_of = layers.iter().flatten().enumerate();
     let (layer, state) = layer_of.find(|(_, state)| state.unit(id).is_some())?;
-    (state.shape.router == Router::All).then_some((layer + layers.len() - now - 1) % layers.len())
+    state.certain().then_some((layer + layers.len() - now - 1) % layers.len())
 }

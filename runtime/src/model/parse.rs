@@ -279,7 +279,7 @@ impl LayerShape {
     }
 
     /// The roles that the layer must (`true`) or may have, with their rows and columns.
-    fn tensors(&self, hidden: u32) -> heapless::Vec<(Role, u32, u32, bool), 16> {
+    fn tensors(&self, hidden: u32) -> heapless::Vec<(Role, u32, u32, bool), 20> {
         let mut list = heapless::Vec::new();
         let mut want = |role, rows: usize, cols: usize, needed| {
             // The capacity is the number of calls below.
@@ -316,6 +316,8 @@ impl LayerShape {
                 want(Role::GateBias, 1, self.units * self.unit_width, false);
                 want(Role::UpBias, 1, self.units * self.unit_width, false);
                 want(Role::DownBias, 1, hidden, false);
+                want(Role::ClusterGate, self.units, hidden, false);
+                want(Role::ClusterBias, 1, self.units, false);
             }
             Router::Sigmoid => {
                 want(Role::RouterGate, self.units, hidden, true);
@@ -339,6 +341,7 @@ fn is_f32_role(role: Role) -> bool {
             | Role::ConvIn
             | Role::ConvOut
             | Role::RouterGate
+            | Role::ClusterGate
     )
 }
 
@@ -466,6 +469,10 @@ impl<'a> Model<'a> {
         if let Some(t) = self.tensor(NO_LAYER, Role::RopeInvFreq) {
             self.check_tensor(NO_LAYER, Role::RopeInvFreq, 1, t.shape.cols, true)?;
         }
+        if let Some(t) = self.tensor(NO_LAYER, Role::ClusterThresholds) {
+            // At least the thresholds of nothing and of everything.
+            self.check_tensor(NO_LAYER, Role::ClusterThresholds, 1, t.shape.cols.max(2), true)?;
+        }
         Ok(())
     }
 
@@ -474,6 +481,12 @@ impl<'a> Model<'a> {
         let place = Place(layer);
         for (role, rows, cols, needed) in shape.tensors(self.record.hidden.get()) {
             self.check_tensor(layer, role, rows, cols, needed)?;
+        }
+        if self.predicts(layer) {
+            // A predictor's parts belong together.
+            for (layer, role) in [(layer, Role::ClusterBias), (NO_LAYER, Role::ClusterThresholds)] {
+                self.tensor(layer, role).ok_or(ModelError::Missing { place: Place(layer), role })?;
+            }
         }
         if shape.rope {
             let t = self
@@ -580,6 +593,10 @@ impl<'a> Model<'a> {
         let at = self.tensors.binary_search_by_key(&key, |t| (t.layer.get(), t.role.get())).ok()?;
         let t = &self.tensors[at];
         Some(TensorRef { shape: t.matrix.shape()?, offset: t.offset.get(), len: t.len.get() })
+    }
+    /// Whether a layer has a predictor of the neuron clusters that a token needs.
+    pub fn predicts(&self, layer: u16) -> bool {
+        self.tensor(layer, Role::ClusterGate).is_some()
     }
     /// Number of units over all layers.
     pub fn unit_count(&self) -> usize {

@@ -257,11 +257,18 @@ pub enum Role {
     UpBias = 37,
     /// f32 [1, hidden].
     DownBias = 38,
+    /// Predictor of a dense layer's neuron clusters, applied to the feed-forward's input: [units, hidden].
+    ClusterGate = 48,
+    /// Bias of that predictor, f32 [1, units].
+    ClusterBias = 49,
+    /// Of no layer: thresholds on the predictors' scores, f32 [1, n + 1]. Entry `i` keeps a share of `i / n` of all
+    /// clusters on the calibration text.
+    ClusterThresholds = 50,
 }
 
 impl Role {
     /// Every role.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 30] = [
         Self::Embedding,
         Self::OutputHead,
         Self::FinalNorm,
@@ -289,6 +296,9 @@ impl Role {
         Self::GateBias,
         Self::UpBias,
         Self::DownBias,
+        Self::ClusterGate,
+        Self::ClusterBias,
+        Self::ClusterThresholds,
     ];
 
     /// The role with this number.

@@ -1,0 +1,118 @@
+//! Neuron clusters: which of a dense layer's units a token uses, and a look at what they compute.
+//!
+//! PowerInfer-2 (2406.06282, section 4) reads only the neurons that a predictor expects to be active. Here a unit is a
+//! cluster of neurons, and the predictor is one product with the feed-forward's input: a cluster is kept where its score
+//! is above a threshold. One threshold serves all layers; it comes from a table that was calibrated to the share of
+//! clusters that are kept. With a share of 1 nothing is predicted, and every cluster is used.
+
+use forebay_kernels::exec::Exec;
+
+use super::compute::{add_bias, project};
+use super::{Engine, EngineError, Phase, UnitNeed};
+use crate::model::record::{Role, Router};
+
+/// Whether a cluster with this score is kept. A score that is no number keeps it: a damaged predictor leaves nothing
+/// out.
+pub(super) fn keeps(score: f32, threshold: f32) -> bool {
+    score > threshold || score.is_nan() || threshold.is_nan()
+}
+
+/// The threshold that keeps a share from 0 to 1 of the clusters, between the two nearest in `table`, whose entry `i` of
+/// `0..=n` keeps `i / n`.
+fn threshold(table: &[f32], share: f32) -> f32 {
+    let steps = table.len().saturating_sub(1);
+    let at = share * steps as f32;
+    let below = (at as usize).min(steps.saturating_sub(1));
+    match table.get(below..below + 2) {
+        Some(&[low, high]) => low + (high - low) * (at - below as f32),
+        // No table keeps everything.
+        _ => f32::NAN,
+    }
+}
+
+impl<'a> Engine<'a> {
+    /// Uses only about this share (0 to 1) of the neuron clusters of dense layers that have a predictor: the ones that
+    /// it expects to matter for the token. 1, the default, uses all of them: the exact result. The result for a share
+    /// depends on image and tokens alone. Returns whether the model has any predictor.
+    ///
+    /// # Errors
+    /// [`EngineError::Busy`] if tokens are being computed.
+    pub fn keep_clusters(&mut self, share: f32) -> Result<bool, EngineError> {
+        if self.phase != Phase::Idle {
+            return Err(EngineError::Busy);
+        }
+        self.share = share.clamp(0.0, 1.0);
+        let mut any = false;
+        for (index, layer) in self.layers.iter_mut().flatten().enumerate() {
+            let predicts = layer.shape.router == Router::All && self.model.predicts(index as u16);
+            // A share that is no number is no share.
+            layer.sparse = predicts && self.share < 1.0;
+            any |= predicts;
+        }
+        Ok(any)
+    }
+
+    /// Scores the layer's clusters for every token and lists those that any token keeps.
+    pub(super) fn choose_clusters(&mut self, exec: &Exec<'_>, index: usize) -> Result<(), EngineError> {
+        let units = self.layer(index)?.shape.units;
+        let tensors = self.layer_tensors(index)?;
+        let (gate, bias) = (tensors.matrix(Role::ClusterGate)?, tensors.vector(Role::ClusterBias)?);
+        self.threshold = threshold(self.global_tensors()?.vector(Role::ClusterThresholds)?, self.share);
+        let (n, b) = (self.count, &mut self.buffers);
+        let scores = &mut b.scores[..n * units];
+        project(exec, &b.normed[..n * self.model.hidden()], n, b.acts, &mut [(gate, &mut *scores)]);
+        add_bias(scores, Some(bias));
+        self.need_count = 0;
+        for unit in 0..units {
+            let users = scores.iter().skip(unit).step_by(units).filter(|s| keeps(**s, self.threshold)).count();
+            self.stats.cluster_uses += users as u64;
+            if users > 0 {
+                b.needs[self.need_count] = UnitNeed { unit: unit as u16, done: false };
+                self.need_count += 1;
+            }
+        }
+        self.stats.cluster_all += (n * units) as u64;
+        Ok(())
+    }
+
+    /// What the last step computed, if that was a unit: layer, unit, and what its down projection was applied to,
+    /// `[tokens that use the unit][unit width]`.
+    pub fn activations(&self) -> Option<(usize, usize, &[f32])> {
+        let Phase::Units(layer) = self.phase else { return None };
+        let (unit, tokens) = self.computed?;
+        let width = self.layer(layer).ok()?.shape.unit_width;
+        Some((layer, unit.into(), self.buffers.gate.get(..tokens * width)?))
+    }
+
+    /// The present layer's feed-forward input and the residual stream that it was normed from, both `[tokens][hidden]`;
+    /// empty unless the layer has been routed and is not finished.
+    pub fn feed_forward(&self) -> (&[f32], &[f32]) {
+        match self.phase {
+            Phase::Units(_) => {
+                let len = self.count * self.model.hidden();
+                (&self.buffers.normed[..len], &self.buffers.residual[..len])
+            }
+            _ => (&[], &[]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_between_two_entries_are_interpolated() {
+        let table = [8.0, 4.0, 2.0];
+        for (share, want) in [(0.0, 8.0), (0.25, 6.0), (0.5, 4.0), (0.75, 3.0), (1.0, 2.0)] {
+            assert_eq!(threshold(&table, share), want);
+        }
+        assert!(threshold(&[], 0.5).is_nan() && threshold(&[1.0], 0.5).is_nan());
+    }
+
+    #[test]
+    fn damaged_predictors_leave_nothing_out() {
+        assert!(keeps(1.0, 0.5) && !keeps(0.5, 0.5));
+        assert!(keeps(f32::NAN, 0.5) && keeps(0.0, f32::NAN));
+    }
+}
