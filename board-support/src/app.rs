@@ -6,7 +6,7 @@
 use core::fmt::{self, Debug, Display};
 
 use embedded_io::Write;
-use forebay_kernels::exec::{Backend, Exec, Serial};
+use forebay_kernels::exec::{Backend, Exec, Workers};
 use forebay_kernels::ops;
 use forebay_runtime::arena::{Arena, OutOfArena, table_bytes};
 use forebay_runtime::drive::{Reached, Unobserved, advance, prefill};
@@ -70,9 +70,17 @@ pub enum AppError<E: Debug + Display> {
         /// Tokens that fit.
         context: usize,
     },
-    /// This build has no such back-end.
-    #[error("these kernels have no such back-end")]
+    /// This processor has no such back-end.
+    #[error("this processor has no such back-end")]
     Backend,
+    /// Fewer cores than were asked for.
+    #[error("{wanted} cores were asked for, {have} can compute")]
+    Cores {
+        /// Cores asked for.
+        wanted: usize,
+        /// Cores that came up, the first among them.
+        have: usize,
+    },
 }
 
 /// What a run gave.
@@ -130,13 +138,14 @@ impl Display for Size {
     }
 }
 
-/// Runs `options` on the image in `store` and prints to `console`.
+/// Runs `options` on the image in `store` and prints to `console`. `workers` compute.
 pub fn run<'a, S, W>(
     console: &mut W,
     store: S,
     arena: &Arena<'a>,
     options: &Options<'_>,
     clock: &Clock,
+    workers: &dyn Workers,
 ) -> Result<Outcome, AppError<S::Error>>
 where
     S: BlockStore<'a>,
@@ -148,19 +157,24 @@ where
         Some(name) => Backend::by_name(name).ok_or(AppError::Backend)?,
         None => Backend::detect(),
     };
-    let exec = Exec { backend, workers: &Serial };
+    let count = workers.count();
+    if count != options.cores {
+        return Err(AppError::Cores { wanted: options.cores, have: count });
+    }
+    let exec = Exec { backend, workers };
     let image = Image::open(&mut store, arena, true)?;
     let tokenizer = image.tokenizer().map(Tokenizer::parse).transpose()?;
     let model = image.model();
     say!(
         console,
-        "image: {}, {} layers, vocabulary {}, {} streamed in {} units; kernels {}",
+        "image: {}, {} layers, vocabulary {}, {} streamed in {} units; kernels {} on {count} core{}",
         Size(image.superblock().image_len()),
         model.layer_count(),
         model.vocab(),
         Size(model.streamed_len()),
         model.unit_count(),
-        backend.name()
+        backend.name(),
+        if count == 1 { "" } else { "s" }
     );
 
     let context = options.context.min(model.context());
@@ -174,7 +188,7 @@ where
         batch: options.batch,
         logit_rows: 1,
         kv: options.kv,
-        workers: 1,
+        workers: count,
         reserved: table_bytes::<u32>(context) + table_bytes::<u32>(scratch_len),
     };
     let plan = Plan::new(&image, limits)?;

@@ -4,19 +4,30 @@ use core::fmt::Display;
 use core::mem::MaybeUninit;
 
 use embedded_io::Write;
+use forebay_kernels::exec::Workers;
 use forebay_runtime::arena::Arena;
 use forebay_storage::MemoryStore;
 use forebay_storage::image::{MAGIC, SUPERBLOCK_SLOT};
 use forebay_storage::store::BlockStore;
-use virtio_drivers::transport::Transport;
 
 use crate::app::{self, Clock, say};
-use crate::options::{Options, Source};
+use crate::cores::Cores;
+use crate::options::{OptionError, Options, Source};
 use crate::stack::Stack;
-use crate::virtio::VirtioStore;
+use crate::status::{HasStatus, Status};
 
-/// Seconds after which a disk that does not answer is given up.
-const PATIENCE: u64 = 30;
+/// A disk that has not been brought up.
+pub trait Disk {
+    /// The store over it.
+    type Store: BlockStore<'static>;
+    /// Why it does not come up.
+    type Error: HasStatus;
+    /// What kind of disk it is, for the report.
+    const KIND: &'static str;
+
+    /// Brings the disk up. Its store gives a read up when nothing has come for `patience` ticks of `clock`.
+    fn bring_up(self, clock: &Clock, patience: u64) -> Result<Self::Store, Self::Error>;
+}
 
 /// An arena as a board declares it: a static that starts on a page.
 #[repr(C, align(4096))]
@@ -37,7 +48,7 @@ impl<const BYTES: usize> Default for ArenaMemory<BYTES> {
 }
 
 /// A machine that has booted.
-pub struct Board<'m, W, T> {
+pub struct Board<'m, W, D> {
     /// Name of the board.
     pub name: &'static str,
     /// The processor and how it was found, for the first line.
@@ -53,31 +64,60 @@ pub struct Board<'m, W, T> {
     /// The stack.
     pub stack: Stack,
     /// The first disk.
-    pub disk: Option<T>,
+    pub disk: Option<D>,
     /// Memory-mapped flash.
     pub flash: &'static [u8],
+    /// The cores.
+    pub cores: &'m dyn Cores,
 }
 
-/// Runs the application and gives the exit status: 0, or 1 after an error was printed.
-pub fn run<W: Write, T: Transport>(board: Board<'_, W, T>) -> u8 {
-    let Board { name, processor, console, clock, command_line, arena, stack, disk, flash } = board;
+/// Runs the application and gives the exit status: after a failure its error was printed.
+pub fn run<W: Write, D: Disk>(board: Board<'_, W, D>) -> u8 {
+    let Board { name, processor, console, clock, command_line, arena, stack, disk, flash, cores } = board;
     say!(console, "forebay {} on {name}, {processor}", env!("CARGO_PKG_VERSION"));
-    let result = Options::parse(command_line)
-        .map_err(|error| failed(console, error))
-        .and_then(|options| with_options(console, &options, &clock, arena, disk, flash));
+    let result = match Options::parse(command_line) {
+        Ok(options) => with_options(console, &options, &clock, arena, disk, flash, cores),
+        Err(error) => Err(failed(console, &error)),
+    };
     say!(console, "stack: {} of {} bytes used", stack.high_water(), stack.len());
-    match result {
-        Ok(()) => 0,
-        Err(Failed) => 1,
+    let mut status = match result {
+        Ok(()) => Status::Done,
+        Err(Failed(status)) => status,
+    };
+    if let Some((used, len)) = cores.stack_use() {
+        say!(console, "further cores' stacks: {used} of {len} bytes used");
+        // They have no guard beneath them.
+        if used == len {
+            say!(console, "error: a further core's stack has overflown: results are not to be trusted");
+            status = Status::Failed;
+        }
     }
+    status as u8
 }
 
 /// An error that was printed.
-struct Failed;
+struct Failed(Status);
 
-fn failed(console: &mut impl Write, error: impl Display) -> Failed {
+fn failed(console: &mut impl Write, error: &impl HasStatus) -> Failed {
     say!(console, "error: {error}");
-    Failed
+    Failed(error.status())
+}
+
+impl HasStatus for OptionError<'_> {
+    fn status(&self) -> Status {
+        Status::Usage
+    }
+}
+
+/// There is nothing to read an image from.
+#[derive(Debug, thiserror::Error)]
+#[error("there is no disk, and no image in flash: nothing to run")]
+struct NoStore;
+
+impl HasStatus for NoStore {
+    fn status(&self) -> Status {
+        Status::NoDisk
+    }
 }
 
 /// Whether either superblock is there.
@@ -86,16 +126,18 @@ fn holds_image(flash: &[u8]) -> bool {
     slot(0) || slot(SUPERBLOCK_SLOT)
 }
 
-fn with_options<W: Write, T: Transport>(
+fn with_options<W: Write, D: Disk>(
     console: &mut W,
     options: &Options<'_>,
     clock: &Clock,
     arena: &'static mut [MaybeUninit<u8>],
-    disk: Option<T>,
+    disk: Option<D>,
     flash: &'static [u8],
+    cores: &dyn Cores,
 ) -> Result<(), Failed> {
     let len = options.arena.unwrap_or(arena.len()).min(arena.len());
     let arena = Arena::new(&mut arena[..len]);
+    let workers = cores.start(options.cores);
     let flash_wanted = match (options.source, &disk) {
         (Source::Flash, _) => true,
         (Source::Any, None) => holds_image(flash),
@@ -103,12 +145,13 @@ fn with_options<W: Write, T: Transport>(
     };
     if flash_wanted {
         say!(console, "store: flash, {} bytes", flash.len());
-        return with_store(console, MemoryStore::new(flash), &arena, options, clock);
+        return with_store(console, MemoryStore::new(flash), &arena, options, clock, workers);
     }
-    let disk = disk.ok_or_else(|| failed(console, "there is no disk, and no image in flash: nothing to run"))?;
-    let store = VirtioStore::new(disk, clock.now, PATIENCE * clock.hertz).map_err(|e| failed(console, e))?;
-    say!(console, "store: virtio-blk, {} bytes", store.geometry().len);
-    with_store(console, store, &arena, options, clock)
+    let disk = disk.ok_or_else(|| failed(console, &NoStore))?;
+    let patience = (options.patience as u64).saturating_mul(clock.hertz);
+    let store = disk.bring_up(clock, patience).map_err(|error| failed(console, &error))?;
+    say!(console, "store: {}, {} bytes", D::KIND, store.geometry().len);
+    with_store(console, store, &arena, options, clock, workers)
 }
 
 /// Not inlined, so that the stack holds one engine and not one a store.
@@ -119,6 +162,7 @@ fn with_store<S: BlockStore<'static>, W: Write>(
     arena: &Arena<'static>,
     options: &Options<'_>,
     clock: &Clock,
+    workers: &dyn Workers,
 ) -> Result<(), Failed> {
-    app::run(console, store, arena, options, clock).map(|_| ()).map_err(|error| failed(console, error))
+    app::run(console, store, arena, options, clock, workers).map(|_| ()).map_err(|error| failed(console, &error))
 }

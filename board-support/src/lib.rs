@@ -10,7 +10,11 @@
 //! | [`options`] | the words of a command line |
 //! | [`meter`] | a store's reads, counted |
 //! | [`virtio`] | a block store over virtio-blk |
+//! | [`sd`] | a block store over an SD card |
 //! | [`flash`] | memory-mapped flash |
+//! | [`status`] | how a run ended |
+//! | [`cores`] | further cores as workers of the kernels |
+//! | [`bcm2835`] | the Raspberry Pi's mailbox and pins |
 //! | [`stack`] | how much of the stack was used |
 //! | `aarch64` | boot code, page tables, exceptions, clock, critical section (on that target) |
 //! | `riscv64` | traps, stack guard, clock (on that target) |
@@ -21,13 +25,17 @@
 #[cfg(all(target_os = "none", target_arch = "aarch64"))]
 pub mod aarch64;
 pub mod app;
+pub mod bcm2835;
 pub mod board;
+pub mod cores;
 pub mod flash;
 pub mod meter;
 pub mod options;
 #[cfg(all(target_os = "none", target_arch = "riscv64"))]
 pub mod riscv64;
+pub mod sd;
 #[cfg(all(target_os = "none", any(target_arch = "aarch64", target_arch = "riscv64")))]
 pub mod semihost;
 pub mod stack;
+pub mod status;
 pub mod virtio;

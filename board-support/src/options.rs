@@ -57,8 +57,12 @@ pub struct Options<'a> {
     pub arena: Option<usize>,
     /// Where the image is.
     pub source: Source,
-    /// Name of the kernels' back-end; `None` is the best that the build allows.
+    /// Name of the kernels' back-end; `None` is the best that the processor has.
     pub backend: Option<&'a str>,
+    /// Cores that compute.
+    pub cores: usize,
+    /// Seconds without an answer after which a disk is given up.
+    pub patience: usize,
 }
 
 impl Default for Options<'_> {
@@ -73,6 +77,8 @@ impl Default for Options<'_> {
             arena: None,
             source: Source::Any,
             backend: None,
+            cores: 1,
+            patience: 30,
         }
     }
 }
@@ -83,7 +89,7 @@ impl Default for Options<'_> {
 pub enum OptionError<'a> {
     /// No such name.
     #[error(
-        "unknown word {0:?} on the command line; known are tokens, text (last), generate, context, batch, depth, kv, arena, image and backend, each with =value"
+        "unknown word {0:?} on the command line; known are tokens, text (last), generate, context, batch, depth, kv, arena, image, backend, cores and patience, each with =value"
     )]
     Unknown(&'a str),
     /// The value does not fit the name.
@@ -144,6 +150,8 @@ impl<'a> Options<'a> {
                     _ => return Err(wrong("any, disk or flash")),
                 }
             }
+            "cores" => self.cores = count()?,
+            "patience" => self.patience = count()?,
             "backend" => self.backend = Some(value),
             _ => return Err(OptionError::Unknown(word)),
         }
@@ -157,7 +165,7 @@ mod tests {
 
     #[test]
     fn every_word_is_taken() {
-        let line = "tokens=1,20,300 generate=5 context=9 batch=2 depth=3 kv=f32 arena=4096 image=flash backend=neon";
+        let line = "tokens=1,20,300 generate=5 context=9 batch=2 depth=3 kv=f32 arena=4096 image=flash backend=neon cores=4 patience=7";
         let options = Options::parse(line).unwrap();
         let Prompt::Tokens(ids) = options.prompt else { panic!("{options:?}") };
         assert!(ids.iter().eq([1, 20, 300]));
@@ -171,6 +179,8 @@ mod tests {
             arena: Some(4096),
             source: Source::Flash,
             backend: Some("neon"),
+            cores: 4,
+            patience: 7,
         };
         assert_eq!(options, want);
     }
@@ -189,7 +199,8 @@ mod tests {
         for (line, word) in [("speed=3", "speed=3"), ("generate", "generate"), ("generate=1 =", "=")] {
             assert_eq!(Options::parse(line), Err(OptionError::Unknown(word)));
         }
-        let refused = ["tokens=", "tokens=1,,2", "tokens=-1", "generate=0", "context=x", "kv=f8", "image=tape"];
+        let refused =
+            ["tokens=", "tokens=1,,2", "tokens=-1", "generate=0", "context=x", "kv=f8", "image=tape", "cores=0"];
         for word in refused {
             assert!(matches!(Options::parse(word), Err(OptionError::Value { .. })), "{word}");
         }

@@ -27,6 +27,26 @@ impl Stack {
         Self(range)
     }
 
+    /// Paints all of the stack at `range`, which nobody runs on yet.
+    ///
+    /// # Safety
+    /// `range` is writable memory, aligned to 8 bytes, and used by nothing else.
+    pub unsafe fn paint_all(range: Range<usize>) -> Self {
+        for address in range.clone().step_by(8) {
+            // SAFETY: the caller's promise.
+            unsafe { core::ptr::with_exposed_provenance_mut::<u64>(address).write_volatile(PAINT) };
+        }
+        Self(range)
+    }
+
+    /// The stack at `range`, painted before.
+    ///
+    /// # Safety
+    /// As for `paint_all`, except that a core may run on it.
+    pub unsafe fn painted(range: Range<usize>) -> Self {
+        Self(range)
+    }
+
     /// Bytes of the stack.
     pub fn len(&self) -> usize {
         self.0.len()

@@ -20,6 +20,10 @@ use virtio_drivers::transport::mmio::{MmioTransport, VirtIOHeader};
 use virtio_drivers::transport::{DeviceType, Transport};
 use virtio_drivers::{BufferDirection, Error, Hal, PAGE_SIZE, PhysAddr};
 
+use crate::app::Clock;
+use crate::board::Disk;
+use crate::status::{HasStatus, Status};
+
 /// Most bytes of one request to the device.
 pub const MAX_REQUEST: usize = 128 << 10;
 /// Requests in the queue at once: each takes three of the driver's 16 descriptors.
@@ -249,6 +253,22 @@ impl<T: Transport> VirtioStore<T> {
             // There is room: a read is finished once.
             let _ = self.finished.push_back(number);
         }
+    }
+}
+
+impl HasStatus for DiskError {
+    fn status(&self) -> Status {
+        Status::Device
+    }
+}
+
+impl Disk for MmioTransport<'static> {
+    type Store = VirtioStore<Self>;
+    type Error = DiskError;
+    const KIND: &'static str = "virtio-blk";
+
+    fn bring_up(self, clock: &Clock, patience: u64) -> Result<Self::Store, DiskError> {
+        VirtioStore::new(self, clock.now, patience)
     }
 }
 

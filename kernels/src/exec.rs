@@ -40,8 +40,8 @@ impl Backend {
     }
     /// The fastest back-end of this CPU.
     ///
-    /// With feature `std` the CPU is asked (on RISC-V through Linux); without it the target features of the build
-    /// decide.
+    /// With feature `std` the CPU is asked (on RISC-V through Linux), and so it is on AArch64 without an operating
+    /// system. Otherwise the target features of the build decide.
     pub fn detect() -> Self {
         let best = arch::best().map_or_else(Self::scalar, Self);
         #[cfg(feature = "log")]

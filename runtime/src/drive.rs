@@ -65,7 +65,7 @@ fn wait<'a, S: BlockStore<'a>>(
     observer.wait_begins();
     let done = store.wait();
     observer.wait_ends();
-    engine.complete(done.ok_or(EngineError::LogicBug("the store has lost a read"))?)
+    engine.complete(done.ok_or(EngineError::NoAnswer { in_flight: store.in_flight() })?)
 }
 
 /// Steps until logits are ready or everything is finished, starting reads and taking them back on the way.

@@ -14,6 +14,7 @@ use forebay::convert::{ConvertOptions, WeightChoice};
 use forebay_conformance::reference::{self, argmax};
 use forebay_conformance::{Run, Setup, fixtures, image_of, run, skipped};
 use forebay_kernels::attention::KvFormat;
+use forebay_storage::image::{MAGIC, SUPERBLOCK_SLOT};
 
 /// Longest time that one boot may take.
 const PATIENCE: Duration = Duration::from_secs(100);
@@ -350,25 +351,32 @@ fn what_is_wrong_is_said() {
     let page = damaged.len() - 4096;
     damaged[page..].iter_mut().for_each(|byte| *byte ^= 0x10);
     let damaged = file(&damaged);
+    let mut other = image.to_vec();
+    // The major version of both superblocks, behind the magic.
+    for slot in [0, SUPERBLOCK_SLOT as usize] {
+        other[slot + MAGIC.len()] ^= 0x40;
+    }
+    let other = file(&other);
     let nothing = file(&[0; 65536]);
     for machine in MACHINES {
         let boot = |disk: Option<&'static Path>, words: &str| Boot { disk, ..Boot::new(machine, words) }.run();
         let leak = |file: &File| -> &'static Path { Box::leak(file.path.clone().into_boxed_path()) };
         let Some(report) = boot(None, PROMPT) else { continue };
-        report.fails(1, "error: there is no disk, and no image in flash");
+        report.fails(3, "error: there is no disk, and no image in flash");
         let run = |disk: &File, words: &str| boot(Some(leak(disk)), words).unwrap();
-        run(&nothing, PROMPT).fails(1, "error: cannot open the image: ");
-        run(&cut, PROMPT).fails(1, "error: cannot open the image: ");
-        run(&damaged, PROMPT).fails(1, "failed 3 times: checksum mismatch");
-        run(&good, "tokens=1,99999").fails(1, "error: token 99999 is outside of the vocabulary of 288");
-        run(&good, "text=no tokenizer here").fails(1, "error: the image has no tokenizer");
-        run(&good, "speed=11").fails(1, "error: unknown word \"speed=11\"");
+        run(&nothing, PROMPT).fails(6, "error: cannot open the image: not an image");
+        run(&cut, PROMPT).fails(8, "error: cannot open the image: store: ");
+        run(&other, PROMPT).fails(7, "is not supported, expected 1.x");
+        run(&damaged, PROMPT).fails(9, "failed 3 times: checksum mismatch");
+        run(&good, "tokens=1,99999").fails(2, "error: token 99999 is outside of the vocabulary of 288");
+        run(&good, "text=no tokenizer here").fails(2, "error: the image has no tokenizer");
+        run(&good, "speed=11").fails(2, "error: unknown word \"speed=11\"");
         // The refusal names the number of bytes that does, and it does.
         let refused = run(&good, &format!("{PROMPT} arena=65536"));
-        refused.fails(1, "error: the arena of 65536 bytes is too small");
+        refused.fails(10, "error: the arena of 65536 bytes is too small");
         let need = refused.numbers("error: the arena of 65536 bytes is too small")[0];
         run(&good, &format!("{PROMPT} arena={need}")).agrees(image, KvFormat::F16);
-        run(&good, &format!("{PROMPT} arena={}", need - 4096)).fails(1, &format!("needs at least {need} bytes"));
+        run(&good, &format!("{PROMPT} arena={}", need - 4096)).fails(10, &format!("needs at least {need} bytes"));
     }
 }
 
@@ -391,8 +399,8 @@ fn device_errors_are_tried_again_and_then_named() {
         report.agrees(fixture(), KvFormat::F16);
         assert!(report.line("reads: ").ends_with("; 1 tried again"), "the error was not met");
         let report = boot(sector, "off").unwrap();
-        report.fails(1, "failed 3 times: the device reported an error");
-        boot(0, "off").unwrap().fails(1, "the device reported an error: virtio-blk: I/O error");
+        report.fails(4, "failed 3 times: the device reported an error");
+        boot(0, "off").unwrap().fails(4, "the device reported an error: virtio-blk: I/O error");
     }
 }
 

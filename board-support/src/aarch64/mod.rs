@@ -3,9 +3,11 @@
 //! [`boot`] leaves EL3 or EL2, turns the MMU and the caches on and calls the board's `board_main` on EL1.
 
 pub mod boot;
+pub mod cache;
 mod critical;
-mod exceptions;
+pub mod exceptions;
 pub mod pages;
+pub mod smp;
 
 use core::fmt;
 

@@ -146,6 +146,12 @@ pub enum EngineError {
         /// Workers planned.
         planned: usize,
     },
+    /// Reads are in flight, and the store has given up waiting for them.
+    #[error("the store stopped answering with {in_flight} reads in flight")]
+    NoAnswer {
+        /// Reads that the store keeps.
+        in_flight: usize,
+    },
     /// The engine contradicts itself: a bug.
     #[error("internal error: {0}; please report it")]
     LogicBug(&'static str),

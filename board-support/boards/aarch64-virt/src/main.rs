@@ -10,14 +10,15 @@ use arm_pl011_uart::{PL011Registers, Uart, UniqueMmioPointer};
 use embedded_io::Write;
 use forebay_board::aarch64::boot;
 use forebay_board::aarch64::pages::{Level1, Level2, Region};
+use forebay_board::aarch64::smp::{ManyCores, Psci};
 use forebay_board::aarch64::{Processor, clock};
 use forebay_board::board::{ArenaMemory, Board, run};
 use forebay_board::stack::Stack;
 use forebay_board::{flash, semihost, virtio};
 use static_cell::ConstStaticCell;
 
-/// The memory that the model lives in: with the stack, less than a third of the bundled model's image.
-const ARENA: usize = 2664 << 10;
+/// The memory that the model lives in: with the stacks, less than a third of the bundled model's image.
+const ARENA: usize = 2650 << 10;
 
 const UART: usize = 0x0900_0000;
 const VIRTIO: usize = 0x0a00_0000;
@@ -44,7 +45,7 @@ fn console() -> Uart<'static> {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn board_main(level: u64) -> ! {
+extern "C" fn board_main(level: u64, _: usize) -> ! {
     // SAFETY: the linker script keeps this memory for the stack.
     let stack = unsafe { Stack::paint(boot::stack()) };
     let mut line = [MaybeUninit::uninit(); 2048];
@@ -60,6 +61,7 @@ extern "C" fn board_main(level: u64) -> ! {
         disk: unsafe { virtio::first_disk(VIRTIO, VIRTIO_STRIDE, VIRTIO_SLOTS) },
         // SAFETY: this machine's second flash bank, mapped read-only; nothing programs it.
         flash: unsafe { flash::mapped(FLASH, FLASH_LEN) },
+        cores: &ManyCores(Psci { entered: level }),
     };
     semihost::exit(run(board))
 }

@@ -9,6 +9,7 @@ use embedded_io::Write;
 use fdt::Fdt;
 use forebay_board::app::Clock;
 use forebay_board::board::{ArenaMemory, Board, run};
+use forebay_board::cores::OneCore;
 use forebay_board::riscv64::sbi::{self, DebugConsole};
 use forebay_board::stack::Stack;
 use forebay_board::{flash, riscv64, virtio};
@@ -56,6 +57,7 @@ fn main(_hart: usize, device_tree: usize) -> ! {
         disk: unsafe { virtio::first_disk(VIRTIO, VIRTIO_STRIDE, VIRTIO_SLOTS) },
         // SAFETY: this machine's second flash bank; nothing programs it.
         flash: unsafe { flash::mapped(FLASH, FLASH_LEN) },
+        cores: &OneCore,
     };
     exit(run(board))
 }

@@ -9,6 +9,7 @@ use core::ptr::NonNull;
 use embedded_io::Write;
 use forebay_board::app::Clock;
 use forebay_board::board::{ArenaMemory, Board, run};
+use forebay_board::cores::OneCore;
 use forebay_board::stack::Stack;
 use forebay_board::{flash, riscv64, semihost, virtio};
 use static_cell::ConstStaticCell;
@@ -65,6 +66,7 @@ fn main() -> ! {
         disk: unsafe { virtio::first_disk(VIRTIO, VIRTIO_STRIDE, VIRTIO_SLOTS) },
         // SAFETY: this machine's second flash bank; nothing programs it.
         flash: unsafe { flash::mapped(FLASH, FLASH_LEN) },
+        cores: &OneCore,
     };
     exit(run(board))
 }

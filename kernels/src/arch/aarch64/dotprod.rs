@@ -13,13 +13,25 @@ use core::arch::asm;
 #[derive(Clone, Copy)]
 pub(crate) struct Dotprod(());
 
-/// The back-end, if this CPU (with `std`) or this build (without) has the extension.
+/// The back-end, if this CPU has the extension. Without `std` and under an operating system, this build decides.
 pub(crate) fn get() -> Option<&'static dyn Kernels> {
     #[cfg(any(test, feature = "std"))]
     let available = std::arch::is_aarch64_feature_detected!("dotprod");
-    #[cfg(not(any(test, feature = "std")))]
+    #[cfg(all(target_os = "none", not(any(test, feature = "std"))))]
+    let available = cfg!(target_feature = "dotprod") || identified();
+    #[cfg(not(any(test, feature = "std", target_os = "none")))]
     let available = cfg!(target_feature = "dotprod");
     if available { Some(&Dotprod(())) } else { None }
+}
+
+/// Whether ID_AA64ISAR0_EL1 has the extension (field DP). Only privileged code may read it, which is what runs where
+/// there is no operating system.
+#[cfg(all(target_os = "none", not(any(test, feature = "std"))))]
+fn identified() -> bool {
+    let features: u64;
+    // SAFETY: reads a register of EL1 and above, and changes nothing.
+    unsafe { asm!("mrs {}, id_aa64isar0_el1", out(reg) features, options(pure, nomem, nostack, preserves_flags)) };
+    features >> 44 & 0xf != 0
 }
 
 impl Dot for Dotprod {
