@@ -190,6 +190,7 @@ where
         kv: options.kv,
         workers: count,
         reserved: table_bytes::<u32>(context) + table_bytes::<u32>(scratch_len),
+        levels: usize::MAX,
     };
     let plan = Plan::new(&image, limits)?;
     say!(

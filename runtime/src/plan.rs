@@ -6,6 +6,7 @@ use forebay_kernels::weights::MatrixShape;
 use crate::arena::{LINE, PAGE, table_bytes};
 use crate::engine::{Choice, LayerState, UnitNeed};
 use crate::model::record::{NO_LAYER, Operator, Role, Router};
+use crate::model::unit::UnitShape;
 use crate::model::{LayerShape, Model};
 use crate::open::Image;
 use crate::pool::Slot;
@@ -34,6 +35,15 @@ pub struct Limits {
     pub workers: usize,
     /// Bytes that the caller takes from the arena for itself once the engine is made.
     pub reserved: u64,
+    /// Levels of a unit that are read and computed with, at least 1; `usize::MAX` for all.
+    pub levels: usize,
+}
+
+impl Limits {
+    /// Levels of a unit of this shape that are read and computed with.
+    pub fn levels_of(&self, unit: &UnitShape) -> usize {
+        self.levels.min(unit.levels())
+    }
 }
 
 /// Why no plan can be made.
@@ -230,7 +240,12 @@ impl Plan {
     /// working buffers leave the pool at least three quarters of what both share.
     pub fn new(image: &Image<'_>, limits: Limits) -> Result<Self, PlanError> {
         let model = image.model();
-        for (name, value) in [("batch", limits.batch), ("logit_rows", limits.logit_rows), ("workers", limits.workers)] {
+        for (name, value) in [
+            ("batch", limits.batch),
+            ("logit_rows", limits.logit_rows),
+            ("workers", limits.workers),
+            ("levels", limits.levels),
+        ] {
             if value == 0 {
                 return Err(PlanError::Zero(name));
             }
@@ -250,7 +265,7 @@ impl Plan {
         let layers = || (0..model.layer_count()).filter_map(|l| model.layer(l));
         let state: u64 = layers().map(|layer| state_bytes(&layer, model.hidden(), &limits)).sum();
         let slot_len = layers()
-            .map(|layer| page(layer.unit.prefix_len(layer.unit.levels(), model.page())))
+            .map(|layer| page(layer.unit.prefix_len(limits.levels_of(&layer.unit), model.page())))
             .max()
             .unwrap_or(PAGE as u64);
         let units = model.unit_count();

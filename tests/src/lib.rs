@@ -66,6 +66,7 @@ impl Setup {
             kv: self.kv,
             workers: self.workers,
             reserved: 0,
+            levels: usize::MAX,
         }
     }
 

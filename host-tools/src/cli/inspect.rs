@@ -37,6 +37,7 @@ pub fn main(args: &InspectArgs) -> Result<()> {
             logit_rows: 1,
             kv: args.machine.kv(model),
             threads: args.machine.threads(),
+            levels: args.machine.levels(),
             extra: Extra::default(),
         };
         let plan = session::plan(&found.file, image, &request, &args.machine.ram(found.bundled))?;

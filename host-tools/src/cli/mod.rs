@@ -134,7 +134,7 @@ enum Kv {
     F16,
 }
 
-/// Where and with what a model runs. None of it changes a bit of the result, but for `--kv`.
+/// Where and with what a model runs. None of it changes a bit of the result, but for `--kv` and `--levels`.
 #[derive(Args)]
 struct MachineArgs {
     /// The whole memory of the run: bytes, or with a unit such as 64M, 2G, 512KiB [default: what everything takes,
@@ -150,6 +150,10 @@ struct MachineArgs {
     /// How keys and values are kept
     #[arg(long, value_enum, default_value = "auto")]
     kv: Kv,
+    /// Compute with the first N levels of every streamed unit, and read no more: the model at a lower precision
+    /// [default: all]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    levels: Option<usize>,
     /// Instruction set: scalar, avx2, … [default: the fastest of this machine]
     #[arg(long, value_name = "NAME")]
     backend: Option<String>,
@@ -164,6 +168,10 @@ struct MachineArgs {
 impl MachineArgs {
     fn threads(&self) -> usize {
         self.threads.unwrap_or_else(session::cores)
+    }
+
+    fn levels(&self) -> usize {
+        self.levels.unwrap_or(usize::MAX)
     }
 
     fn backend(&self) -> Result<Backend> {
@@ -215,7 +223,8 @@ impl MachineArgs {
         let Wanted { context, batch, logit_rows, extra, with_tokenizer } = wanted;
         let threads = self.threads();
         let (batch, kv) = (self.batch.min(batch), self.kv(image.model()));
-        let request = Request { context, batch, logit_rows, kv, threads, extra };
+        let levels = self.levels();
+        let request = Request { context, batch, logit_rows, kv, threads, levels, extra };
         let plan = session::plan(&found.file, image, &request, &self.ram(found.bundled))?;
         Ok(Setup { plan, extra, backend, threads, store: self.store(), with_tokenizer })
     }

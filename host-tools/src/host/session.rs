@@ -198,6 +198,8 @@ pub struct Request {
     pub kv: KvFormat,
     /// Threads that compute.
     pub threads: usize,
+    /// Levels of a unit that are computed with.
+    pub levels: usize,
     /// What else lies in the arena.
     pub extra: Extra,
 }
@@ -213,6 +215,7 @@ pub fn plan(file: &ImageFile, image: &Image<'_>, request: &Request, ram: &Ram) -
             kv: request.kv,
             workers: request.threads,
             reserved: request.extra.bytes(request.context),
+            levels: request.levels,
         };
         Plan::new(image, limits)
     };

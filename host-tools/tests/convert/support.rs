@@ -329,7 +329,8 @@ impl Image {
         let start = extent.offset() as usize;
         assert_eq!(extent.prefix_len(levels), shape.unit.prefix_len(levels, page));
         let bytes = &self.bytes[start..start + extent.prefix_len(levels) as usize];
-        shape.unit.view(levels, page, bytes).unwrap()
+        let pieces = shape.unit.split(levels, page, bytes).unwrap();
+        shape.unit.view(levels, page, &pieces).unwrap()
     }
 }
 

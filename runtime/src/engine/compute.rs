@@ -306,7 +306,9 @@ impl<'a> Engine<'a> {
         };
         self.pool.touch(id);
         let bytes = self.pool.get(id).ok_or(EngineError::LogicBug("a unit that is not resident"))?;
-        let view = shape.unit.view(shape.unit.levels(), self.model.page(), bytes);
+        let (levels, page) = (self.plan.limits.levels_of(&shape.unit), self.model.page());
+        let pieces = shape.unit.split(levels, page, bytes);
+        let view = pieces.and_then(|pieces| shape.unit.view(levels, page, &pieces));
         let view = view.ok_or(EngineError::LogicBug("a unit shorter than its shape"))?;
         let (n, hidden, width) = (self.count, self.model.hidden(), shape.unit_width);
         let b = &mut self.buffers;

@@ -85,13 +85,18 @@ impl<'a> Engine<'a> {
         self.model.extents().get(first as usize + usize::from(unit))
     }
 
+    /// Levels of a layer's units that are read.
+    fn levels(&self, layer: u16) -> Option<usize> {
+        Some(self.plan.limits.levels_of(&self.layer(layer.into()).ok()?.shape.unit))
+    }
+
     /// Image offset and length of what a target reads.
     fn extent_of(&self, target: ReadTarget) -> Option<(u64, u64)> {
         match target {
             ReadTarget::Group { layer } => Some(self.model.group(layer)),
             ReadTarget::Unit { layer, unit } => {
                 let record = self.unit_record(layer, unit)?;
-                Some((record.offset(), record.total_len()))
+                Some((record.offset(), record.prefix_len(self.levels(layer)?)))
             }
         }
     }
@@ -110,8 +115,9 @@ impl<'a> Engine<'a> {
                 })
             }
             ReadTarget::Unit { layer, unit } => self.unit_record(layer, unit).is_some_and(|record| {
-                let bytes = buf.get(..record.total_len() as usize);
-                bytes.is_some_and(|bytes| record.verify(0, bytes) == Ok(record.levels()))
+                let Some(levels) = self.levels(layer) else { return false };
+                let bytes = buf.get(..record.prefix_len(levels) as usize);
+                bytes.is_some_and(|bytes| record.verify(0, bytes) == Ok(levels))
             }),
         }
     }

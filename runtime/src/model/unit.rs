@@ -76,21 +76,37 @@ impl UnitShape {
         }
     }
 
-    /// Views of the unit at a precision of `levels` levels; `bytes` starts with the extent's first
-    /// [`Self::prefix_len`] bytes. `None` if they are too few.
-    pub fn view<'a>(&self, levels: usize, page: u32, bytes: &'a [u8]) -> Option<UnitRef<'a>> {
-        let get = |range: core::ops::Range<u64>| {
-            bytes.get(usize::try_from(range.start).ok()?..usize::try_from(range.end).ok()?)
+    /// Views of the unit at a precision of `levels` levels. `pieces[l]` is level `l`, [`Self::level_len`] bytes of the
+    /// extent or more; levels need not lie side by side, and those from `levels` on are not looked at. `None` if
+    /// `levels` is 0 or more than there are, or a piece is missing or too short.
+    pub fn view<'a>(&self, levels: usize, page: u32, pieces: &[&'a [u8]]) -> Option<UnitRef<'a>> {
+        let pieces = pieces.get(..levels).filter(|_| (1..=self.levels()).contains(&levels))?;
+        let get = |m: usize, field: Option<usize>| {
+            let level = field.unwrap_or(0);
+            let (range, start) = (self.region(m, field, page), self.prefix_len(level, page));
+            let within = |at: u64| usize::try_from(at.checked_sub(start)?).ok();
+            pieces.get(level)?.get(within(range.start)?..within(range.end)?)
         };
         let matrix = |m: usize| {
             let shape = self.matrices()[m];
             let mut fields: [&[u8]; MAX_FIELDS] = [&[]; MAX_FIELDS];
             let present = levels.min(shape.levels());
             for (level, field) in fields.iter_mut().enumerate().take(present) {
-                *field = get(self.region(m, Some(level), page))?;
+                *field = get(m, Some(level))?;
             }
-            MatrixRef::new(shape, get(self.region(m, None, page))?, &fields[..present])
+            MatrixRef::new(shape, get(m, None)?, &fields[..present])
         };
         Some(UnitRef { gate: matrix(0)?, up: matrix(1)?, down: matrix(2)? })
+    }
+
+    /// The levels of a unit whose bytes lie side by side in `bytes`, as [`Self::view`] takes them: the first
+    /// `levels`, and nothing for the others. `None` if the bytes are too few.
+    pub fn split<'a>(&self, levels: usize, page: u32, bytes: &'a [u8]) -> Option<[&'a [u8]; MAX_LEVELS]> {
+        let mut pieces: [&[u8]; MAX_LEVELS] = [&[]; MAX_LEVELS];
+        let mut rest = bytes;
+        for (level, piece) in pieces.iter_mut().enumerate().take(levels) {
+            (*piece, rest) = rest.split_at_checked(usize::try_from(self.level_len(level, page)).ok()?)?;
+        }
+        Some(pieces)
     }
 }
