@@ -51,6 +51,11 @@ pub fn main(args: &InspectArgs) -> Result<()> {
         return Ok(());
     }
     writeln!(out, "{inspection}")?;
+    print_plan(&mut out, &plan, units)
+}
+
+/// Where an arena's bytes go.
+pub(super) fn print_plan(out: &mut impl Write, plan: &Plan, units: usize) -> Result<()> {
     writeln!(out, "arena with a context of {} tokens: {}", plan.limits.context, bytes_text(plan.limits.arena))?;
     let own = plan.bookkeeping + plan.limits.reserved;
     for (what, bytes) in [
@@ -68,7 +73,8 @@ pub fn main(args: &InspectArgs) -> Result<()> {
     Ok(())
 }
 
-fn plan_json(plan: &Plan, units: usize) -> serde_json::Value {
+/// The same for programs.
+pub(super) fn plan_json(plan: &Plan, units: usize) -> serde_json::Value {
     json!({
         "context": plan.limits.context,
         "arena": plan.limits.arena,

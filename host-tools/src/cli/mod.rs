@@ -1,8 +1,10 @@
 //! The command line.
 
 mod bench;
+mod boards;
 mod chat;
 mod convert;
+mod image;
 mod inspect;
 mod kernels;
 mod logits;
@@ -57,6 +59,10 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Show the tokens of a text.
     Tokenize(tokenize::TokenizeArgs),
+    /// Make the file that a board boots from or reads, and show its plan of RAM.
+    Image(image::ImageArgs),
+    /// List the boards.
+    Boards(boards::BoardsArgs),
 }
 
 /// Longest context that is planned for unless it is said.
@@ -80,6 +86,8 @@ pub fn main() -> Result<()> {
         Command::Perplexity(args) => perplexity::main(&args),
         Command::Inspect(args) => inspect::main(&args),
         Command::Tokenize(args) => tokenize::main(&args),
+        Command::Image(args) => image::main(&args),
+        Command::Boards(args) => boards::main(&args),
     }
 }
 

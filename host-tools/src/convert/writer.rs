@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 
@@ -19,6 +19,7 @@ use super::encode::{Scratch, Tallies, encode, encoding_name};
 use super::plan::{Content, Plan, Resident, Units};
 use super::{ConvertOptions, Progress, Tally};
 use crate::source::Source;
+use crate::temporary::Temporary;
 
 /// Alignment of a tensor in its group.
 const TENSOR_ALIGN: u64 = 64;
@@ -476,48 +477,4 @@ fn fnv1a_128<'a>(parts: impl Iterator<Item = &'a [u8]>) -> [u8; 16] {
     const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
     let hash = parts.flatten().fold(BASIS, |hash, byte| (hash ^ u128::from(*byte)).wrapping_mul(PRIME));
     hash.to_be_bytes()
-}
-
-/// The image under its temporary name; removed unless it is finished.
-struct Temporary {
-    file: File,
-    path: PathBuf,
-    finished: bool,
-}
-
-impl Temporary {
-    fn create(image: &Path) -> Result<Self> {
-        let name = image.file_name().context("the image's path names no file")?;
-        if image.is_dir() {
-            bail!("it is a folder, expected the name of a file to write");
-        }
-        let path = image.with_file_name(format!(".{}.{}.part", name.to_string_lossy(), std::process::id()));
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&path)
-            .with_context(|| format!("creating {}", path.display()))?;
-        Ok(Self { file, path, finished: false })
-    }
-
-    fn finish(mut self, image: &Path) -> Result<()> {
-        self.file.sync_all()?;
-        std::fs::rename(&self.path, image)?;
-        self.finished = true;
-        // The new name must survive a loss of power too.
-        let folder = image.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        File::open(folder)?.sync_all()?;
-        Ok(())
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        if !self.finished {
-            // Nothing is lost if this fails, and the error that led here is the one to report.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
 }

@@ -219,8 +219,8 @@ pub fn plan(file: &ImageFile, image: &Image<'_>, request: &Request, ram: &Ram) -
         };
         Plan::new(image, limits)
     };
-    // With memory without end the plan says what everything takes, and the least that would do.
-    let whole = with(u64::MAX / 2).with_context(|| format!("planning {}", file.path.display()))?;
+    // With all the memory that an address can name, the plan says what everything takes, and the least that would do.
+    let whole = with(isize::MAX as u64).with_context(|| format!("planning {}", file.path.display()))?;
     let page = PAGE as u64;
     // The tables' roundings are paid apart from `total`; a page covers them.
     let everything = whole.total().next_multiple_of(page) + page;
