@@ -141,6 +141,16 @@ impl TokenActs<'_> {
     pub fn scale(&self, group: usize) -> f32 {
         f32::from_ne_bytes(word(self.scales, group))
     }
+    /// All scales, as bytes.
+    #[inline(always)]
+    pub fn scales(&self) -> &[[u8; 4]] {
+        self.scales.as_chunks().0
+    }
+    /// The sums of all groups' codes, as bytes.
+    #[inline(always)]
+    pub fn sums(&self) -> &[[u8; 4]] {
+        self.sums.as_chunks().0
+    }
     /// Sum of a group's codes.
     #[inline(always)]
     pub fn sum(&self, group: usize) -> i32 {

@@ -4,8 +4,8 @@
 //! multiplied with all tokens before the next block is touched, so that the weights stream once.
 
 use crate::activations::Input;
+use crate::arch::Float;
 use crate::arch::split::{Columns, split_columns};
-use crate::arch::{Float, TILE};
 use crate::exec::Exec;
 use crate::reference::quant::QuantBlock;
 use crate::weights::{Encoding, MatrixRef, MatrixShape, ROW_BLOCK};
@@ -75,14 +75,9 @@ pub fn matmul(exec: &Exec<'_>, w: &MatrixRef<'_>, x: Input<'_>, tokens: usize, o
                     let Some(block) = QuantBlock::new(w, first_row / ROW_BLOCK) else { return };
                     let at = first_row - range.start;
                     let n = ROW_BLOCK.min(range.end - first_row);
-                    let mut tile = [[0.0; ROW_BLOCK]; TILE];
-                    for first in (0..tokens).step_by(TILE) {
-                        let count = TILE.min(tokens - first);
-                        kernels.quant_tile(&block, &acts, first, &mut tile[..count]);
-                        for (t, tile) in tile[..count].iter().enumerate() {
-                            columns.row(first + t)[at..at + n].copy_from_slice(&tile[..n]);
-                        }
-                    }
+                    kernels.quant_block(&block, &acts, &mut |token, products| {
+                        columns.row(token)[at..at + n].copy_from_slice(&products[..n]);
+                    });
                 }
             });
         }

@@ -63,6 +63,10 @@ pub(crate) trait Kernels: Sync {
     fn quant_tile(&self, block: &QuantBlock<'_>, acts: &Acts<'_>, first: usize, out: &mut [[f32; ROW_BLOCK]]) {
         quant::quant_tile(block, acts, first, out);
     }
+    /// Multiplies a row block with all tokens; `put(t, products)` takes those of token `t`.
+    fn quant_block(&self, block: &QuantBlock<'_>, acts: &Acts<'_>, put: &mut dyn FnMut(usize, &[f32; ROW_BLOCK])) {
+        quant_block(self, block, acts, put);
+    }
     /// `out[i]` = inner product of stored row `i` with `x`.
     fn dot_rows(&self, format: Float, rows: &[u8], x: &[f32], out: &mut [f32]) {
         float::dot_rows(format, rows, x, out);
@@ -110,6 +114,21 @@ fn read_only(bytes: &[u8]) -> u64 {
         }
     }
     rest.iter().map(|word| u64::from_ne_bytes(*word)).chain(parities).fold(0, |a, b| a ^ b)
+}
+
+/// The products of a row block with all tokens, a few of them at a time.
+pub(crate) fn quant_block<K: Kernels + ?Sized>(
+    kernels: &K,
+    block: &QuantBlock<'_>,
+    acts: &Acts<'_>,
+    put: &mut dyn FnMut(usize, &[f32; ROW_BLOCK]),
+) {
+    let mut tile = [[0.0; ROW_BLOCK]; TILE];
+    for first in (0..acts.tokens()).step_by(TILE) {
+        let tile = &mut tile[..TILE.min(acts.tokens() - first)];
+        kernels.quant_tile(block, acts, first, tile);
+        tile.iter().enumerate().for_each(|(t, products)| put(first + t, products));
+    }
 }
 
 /// The definition as a back-end.

@@ -11,16 +11,28 @@ const TINY: u32 = 7 << 23;
 /// Bits of infinity.
 const INFINITY: u32 = 0x7f80_0000;
 
+/// Scale and inverse scale of a group whose largest magnitude has these bits; `None` if its codes are all 0.
+#[inline(always)]
+pub(crate) fn scale_and_inverse(limit: i32, amax: u32) -> Option<(f32, f32)> {
+    let limit = limit as f32;
+    let magnitude = f32::from_bits(amax);
+    (TINY..INFINITY).contains(&amax).then(|| (magnitude / limit, limit / magnitude))
+}
+
+/// Scale of a group whose codes are all 0.
+#[inline(always)]
+pub(crate) fn scale_without_codes(amax: u32) -> f32 {
+    if amax < TINY { 0.0 } else { f32::NAN }
+}
+
 /// Quantises one group (`x` may be shorter: the rest is zero) and returns its scale and the sum of its codes.
 #[inline(always)]
-fn quantise_group(limit: i32, x: &[f32], codes: &mut [u8]) -> (f32, i32) {
+pub(crate) fn quantise_group(limit: i32, x: &[f32], codes: &mut [u8]) -> (f32, i32) {
     let amax = x.iter().fold(0, |max, v| max.max(v.to_bits() & 0x7fff_ffff));
-    if !(TINY..INFINITY).contains(&amax) {
+    let Some((scale, inverse)) = scale_and_inverse(limit, amax) else {
         codes.fill(0);
-        return (if amax < TINY { 0.0 } else { f32::NAN }, 0);
-    }
-    let amax = f32::from_bits(amax);
-    let inverse = limit as f32 / amax;
+        return (scale_without_codes(amax), 0);
+    };
     let mut sum = 0;
     for (x, code) in x.iter().zip(codes.iter_mut()) {
         let q = round(x * inverse).clamp(-limit, limit);
@@ -28,7 +40,7 @@ fn quantise_group(limit: i32, x: &[f32], codes: &mut [u8]) -> (f32, i32) {
         sum += q;
     }
     codes[x.len()..].fill(0);
-    (amax / limit as f32, sum)
+    (scale, sum)
 }
 
 /// Subset sums of four activations, less the sum of the negative ones, which is returned.

@@ -1,0 +1,201 @@
+//! Float operators.
+
+use crate::arch::Float;
+use crate::reference::{float, math};
+use core::arch::x86_64::*;
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    // SAFETY: any four bytes of an f32 are bytes.
+    let bytes = unsafe { core::slice::from_raw_parts(b.as_ptr().cast::<u8>(), size_of_val(b)) };
+    let [sum] = dots::<F32, 1>(4, [bytes], a);
+    sum
+}
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    math::rms_norm(dot(x, x), x, weight, eps, out);
+}
+#[target_feature(enable = "avx2")]
+pub(super) fn softmax(x: &mut [f32]) {
+    math::softmax(x);
+}
+#[target_feature(enable = "avx2")]
+pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
+    math::silu_mul(gate, up);
+}
+#[target_feature(enable = "avx2")]
+pub(super) fn add(acc: &mut [f32], x: &[f32]) {
+    float::add(acc, x);
+}
+#[target_feature(enable = "avx2")]
+pub(super) fn add_scaled(acc: &mut [f32], x: &[f32], w: f32) {
+    float::add_scaled(acc, x, w);
+}
+#[target_feature(enable = "avx2")]
+pub(super) fn scale(x: &mut [f32], s: f32) {
+    float::scale(x, s);
+}
+#[target_feature(enable = "avx2")]
+pub(super) fn read_only(bytes: &[u8]) -> u64 {
+    crate::arch::read_only(bytes)
+}
+
+/// Loads 8 elements of a stored format.
+///
+/// # Safety
+/// `p` heads 8 readable elements.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn load8<const FORMAT: u8>(p: *const u8) -> __m256 {
+    // SAFETY: the caller's promise: 32 or 16 bytes.
+    unsafe {
+        match FORMAT {
+            F32 => _mm256_loadu_ps(p.cast()),
+            F16 => _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
+            _ => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())))),
+        }
+    }
+}
+
+const F32: u8 = Float::F32 as u8;
+const F16: u8 = Float::F16 as u8;
+const BF16: u8 = Float::Bf16 as u8;
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn dot_rows(format: Float, rows: &[u8], x: &[f32], out: &mut [f32]) {
+    match format {
+        Float::F32 => dot_rows_of::<F32>(4, rows, x, out),
+        Float::F16 => dot_rows_of::<F16>(2, rows, x, out),
+        Float::Bf16 => dot_rows_of::<BF16>(2, rows, x, out),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn dot_rows_of<const FORMAT: u8>(bytes: usize, rows: &[u8], x: &[f32], out: &mut [f32]) {
+    let stride = bytes * x.len();
+    let (fours, rest) = out.as_chunks_mut::<4>();
+    let (four_rows, rest_rows) = rows.split_at(fours.len() * 4 * stride);
+    for (rows, out) in four_rows.chunks_exact(4 * stride).zip(fours) {
+        // Four rows at once: eight independent sums hide the latency of the additions.
+        *out = dots::<FORMAT, 4>(bytes, core::array::from_fn(|r| &rows[r * stride..(r + 1) * stride]), x);
+    }
+    for (row, out) in rest_rows.chunks_exact(stride).zip(rest) {
+        [*out] = dots::<FORMAT, 1>(bytes, [row], x);
+    }
+}
+
+/// Inner products of `R` stored rows with `x`.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn dots<const FORMAT: u8, const R: usize>(bytes: usize, rows: [&[u8]; R], x: &[f32]) -> [f32; R] {
+    assert!(rows.iter().all(|row| row.len() == bytes * x.len()));
+    let mut sums = [[_mm256_setzero_ps(); 2]; R];
+    let whole = x.len() / 16 * 16;
+    for at in (0..whole).step_by(16) {
+        for half in 0..2 {
+            let at = at + 8 * half;
+            // SAFETY: `at + 8 <= x.len()`, and every row has as many elements as `x`.
+            let x = unsafe { _mm256_loadu_ps(x.as_ptr().add(at)) };
+            for (sum, row) in sums.iter_mut().zip(rows) {
+                // SAFETY: as above.
+                let w = unsafe { load8::<FORMAT>(row.as_ptr().add(bytes * at)) };
+                sum[half] = _mm256_add_ps(sum[half], _mm256_mul_ps(x, w));
+            }
+        }
+    }
+    if whole < x.len() {
+        // Zeros in the missing places add +0 to sums that are never -0.
+        let mut last = [0.0f32; 16];
+        last[..x.len() - whole].copy_from_slice(&x[whole..]);
+        for (sum, row) in sums.iter_mut().zip(rows) {
+            let mut last_row = [0u8; 64];
+            last_row[..row.len() - bytes * whole].copy_from_slice(&row[bytes * whole..]);
+            for half in 0..2 {
+                // SAFETY: both buffers hold 16 elements.
+                let (x, w) = unsafe {
+                    (
+                        _mm256_loadu_ps(last.as_ptr().add(8 * half)),
+                        load8::<FORMAT>(last_row.as_ptr().add(bytes * 8 * half)),
+                    )
+                };
+                sum[half] = _mm256_add_ps(sum[half], _mm256_mul_ps(x, w));
+            }
+        }
+    }
+    sums.map(|[low, high]| {
+        let eight = _mm256_add_ps(low, high);
+        let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+    })
+}
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn weighted_sum(format: Float, rows: &[u8], weights: &[f32], out: &mut [f32]) {
+    match format {
+        Float::F32 => weighted_sum_of::<F32>(4, rows, weights, out),
+        Float::F16 => weighted_sum_of::<F16>(2, rows, weights, out),
+        Float::Bf16 => weighted_sum_of::<BF16>(2, rows, weights, out),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn weighted_sum_of<const FORMAT: u8>(bytes: usize, rows: &[u8], weights: &[f32], out: &mut [f32]) {
+    let stride = bytes * out.len();
+    assert!(rows.len() >= stride * weights.len());
+    let mut at = 0;
+    while at + 64 <= out.len() {
+        columns::<FORMAT, 8>(&rows[bytes * at..], bytes, stride, weights, &mut out[at..at + 64]);
+        at += 64;
+    }
+    while at + 8 <= out.len() {
+        columns::<FORMAT, 1>(&rows[bytes * at..], bytes, stride, weights, &mut out[at..at + 8]);
+        at += 8;
+    }
+    for (i, out) in out.iter_mut().enumerate().skip(at) {
+        let mut one = [0.0];
+        *out = 0.0;
+        for (row, w) in rows.chunks_exact(stride).zip(weights) {
+            format_of::<FORMAT>().to_f32(&row[bytes * i..bytes * (i + 1)], &mut one);
+            *out += w * one[0];
+        }
+    }
+}
+
+const fn format_of<const FORMAT: u8>() -> Float {
+    match FORMAT {
+        F32 => Float::F32,
+        F16 => Float::F16,
+        _ => Float::Bf16,
+    }
+}
+
+/// `8 * V` columns of a weighted sum; `rows` starts at the first of them.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn columns<const FORMAT: u8, const V: usize>(
+    rows: &[u8],
+    bytes: usize,
+    stride: usize,
+    weights: &[f32],
+    out: &mut [f32],
+) {
+    assert!(out.len() == 8 * V);
+    let last = weights.len().saturating_sub(1);
+    assert!(weights.is_empty() || rows.len() >= last * stride + 8 * V * bytes);
+    let mut sums = [_mm256_setzero_ps(); V];
+    for (j, w) in weights.iter().enumerate() {
+        let w = _mm256_set1_ps(*w);
+        for (v, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: checked above for the last row, so it holds for all.
+            let row = unsafe { load8::<FORMAT>(rows.as_ptr().add(j * stride + 8 * v * bytes)) };
+            *sum = _mm256_add_ps(*sum, _mm256_mul_ps(w, row));
+        }
+    }
+    for (out, sum) in out.as_chunks_mut::<8>().0.iter_mut().zip(sums) {
+        // SAFETY: `out` has 8 elements.
+        unsafe { _mm256_storeu_ps(out.as_mut_ptr(), sum) };
+    }
+}
