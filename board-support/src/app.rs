@@ -13,6 +13,7 @@ use forebay_runtime::drive::{Reached, Unobserved, advance, prefill};
 use forebay_runtime::engine::{Engine, EngineError, Output};
 use forebay_runtime::open::{Image, OpenError};
 use forebay_runtime::plan::{Limits, Plan, PlanError};
+use forebay_runtime::policy::Policy;
 use forebay_runtime::tokenizer::{Decoder, EncodeOptions, Tokenizer, TokenizerError};
 use forebay_storage::store::BlockStore;
 
@@ -190,7 +191,7 @@ where
         kv: options.kv,
         workers: count,
         reserved: table_bytes::<u32>(context) + table_bytes::<u32>(scratch_len),
-        levels: usize::MAX,
+        policy: Policy::default(),
     };
     let plan = Plan::new(&image, limits)?;
     say!(

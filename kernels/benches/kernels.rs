@@ -31,7 +31,5 @@ fn operator(bencher: Bencher<'_, '_>, name: &str) {
 fn read_only(bencher: Bencher<'_, '_>, name: &str) {
     let case = case(name);
     let backend = cases::backend();
-    bencher
-        .counter(BytesCount::new(case.bytes.len()))
-        .bench_local(|| backend.read_only(black_box(&case.bytes)));
+    bencher.counter(BytesCount::new(case.bytes.len())).bench_local(|| backend.read_only(black_box(&case.bytes)));
 }

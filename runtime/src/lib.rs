@@ -9,11 +9,14 @@
 compile_error!("images are little-endian and read in place");
 
 pub mod arena;
+pub mod cache;
 pub mod drive;
 pub mod engine;
+pub mod governor;
 pub mod model;
 pub mod open;
 pub mod plan;
+pub mod policy;
 pub mod pool;
 pub mod sample;
 pub mod tokenizer;

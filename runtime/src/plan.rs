@@ -4,21 +4,22 @@ use forebay_kernels::attention::{KvFormat, KvShape, attention_scratch};
 use forebay_kernels::weights::MatrixShape;
 
 use crate::arena::{LINE, PAGE, table_bytes};
-use crate::engine::{Choice, LayerState, UnitNeed};
+use crate::cache::{Entry, UnitUse};
+use crate::engine::{LayerState, Predicted, UnitNeed};
 use crate::model::record::{NO_LAYER, Operator, Role, Router};
-use crate::model::unit::UnitShape;
 use crate::model::{LayerShape, Model};
 use crate::open::Image;
+use crate::policy::{Choice, Policy};
 use crate::pool::Slot;
 
 /// Fewest units that the pool must hold: one to compute while the next is read.
-pub const MIN_SLOTS: usize = 2;
+pub const MIN_UNITS: usize = 2;
 
 /// Most tokens of a batch: beyond this nothing is gained, and every buffer's size fits 32 bits.
 pub const MAX_BATCH: usize = 1 << 12;
 
 /// What the caller allows.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 #[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Limits {
     /// Bytes of the whole arena, tables included.
@@ -35,15 +36,8 @@ pub struct Limits {
     pub workers: usize,
     /// Bytes that the caller takes from the arena for itself once the engine is made.
     pub reserved: u64,
-    /// Levels of a unit that are read and computed with, at least 1; `usize::MAX` for all.
-    pub levels: usize,
-}
-
-impl Limits {
-    /// Levels of a unit of this shape that are read and computed with.
-    pub fn levels_of(&self, unit: &UnitShape) -> usize {
-        self.levels.min(unit.levels())
-    }
+    /// How experts are loaded and kept.
+    pub policy: Policy,
 }
 
 /// Why no plan can be made.
@@ -100,6 +94,7 @@ pub(crate) struct Working {
     pub unit_act_bytes: usize,
     pub choices: usize,
     pub needs: usize,
+    pub predicted: usize,
     pub tokens: usize,
 }
 
@@ -165,6 +160,10 @@ impl Working {
                 w.partial = w.partial.max(batch * layer.top_k * hidden);
                 w.scores = w.scores.max(batch * layer.units);
                 w.choices = w.choices.max(batch * layer.top_k);
+                if limits.policy.prefetch > 0 {
+                    let units = layer.units.min(batch * layer.top_k);
+                    w.predicted = w.predicted.max(usize::from(limits.policy.prefetch) * units);
+                }
             }
         }
         if let Some(t) = model.tensor(NO_LAYER, Role::RopeInvFreq) {
@@ -197,6 +196,7 @@ impl Working {
             + lines(self.unit_act_bytes as u64)
             + table_bytes::<Choice>(self.choices)
             + table_bytes::<UnitNeed>(self.needs)
+            + table_bytes::<Predicted>(self.predicted)
             + table_bytes::<u32>(self.tokens)
     }
 }
@@ -206,8 +206,13 @@ pub(crate) fn kv_shape(layer: &LayerShape, context: usize) -> KvShape {
     KvShape { kv_heads: layer.kv_heads, head_dim: layer.head_dim, capacity: context }
 }
 
+/// Levels that a layer's units are used with.
+pub(crate) fn unit_levels(layer: &LayerShape, policy: &Policy) -> usize {
+    layer.unit.levels().min(usize::from(policy.max_levels.max(1)))
+}
+
 /// Every byte of the arena.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 #[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Plan {
     /// The limits the plan was made for.
@@ -224,10 +229,12 @@ pub struct Plan {
     pub bookkeeping: u64,
     /// Bytes of the expert pool.
     pub pool: u64,
-    /// Units that the pool holds.
+    /// Pieces that the pool holds.
     pub slots: usize,
-    /// Bytes of a slot: the largest unit.
+    /// Bytes of a slot: the largest piece.
     pub slot_len: u64,
+    /// Pieces of a unit: 1, or as many as it has levels where the policy makes use of single ones.
+    pub pieces: usize,
     /// Tokens computed together.
     pub batch: usize,
     /// Fewest bytes that would do with these limits and a batch of one.
@@ -240,12 +247,7 @@ impl Plan {
     /// working buffers leave the pool at least three quarters of what both share.
     pub fn new(image: &Image<'_>, limits: Limits) -> Result<Self, PlanError> {
         let model = image.model();
-        for (name, value) in [
-            ("batch", limits.batch),
-            ("logit_rows", limits.logit_rows),
-            ("workers", limits.workers),
-            ("levels", limits.levels),
-        ] {
+        for (name, value) in [("batch", limits.batch), ("logit_rows", limits.logit_rows), ("workers", limits.workers)] {
             if value == 0 {
                 return Err(PlanError::Zero(name));
             }
@@ -264,19 +266,30 @@ impl Plan {
         let resident: u64 = groups.map(|l| page(model.group(l).1)).sum();
         let layers = || (0..model.layer_count()).filter_map(|l| model.layer(l));
         let state: u64 = layers().map(|layer| state_bytes(&layer, model.hidden(), &limits)).sum();
-        let slot_len = layers()
-            .map(|layer| page(layer.unit.prefix_len(limits.levels_of(&layer.unit), model.page())))
-            .max()
-            .unwrap_or(PAGE as u64);
+        let policy = &limits.policy;
+        let pieces = match policy.by_level() {
+            true => layers().map(|layer| unit_levels(&layer, policy)).max().unwrap_or(1),
+            false => 1,
+        };
+        let piece_len = |layer: &LayerShape| {
+            let levels = unit_levels(layer, policy);
+            let each = (0..levels).map(|level| page(layer.unit.level_len(level, model.page())));
+            if pieces > 1 { each.max() } else { Some(page(layer.unit.prefix_len(levels, model.page()))) }
+        };
+        let slot_len = layers().filter_map(|layer| piece_len(&layer)).max().unwrap_or(PAGE as u64);
         let units = model.unit_count();
-        let fixed_tables = table_bytes::<Option<LayerState<'_>>>(model.layer_count()) + table_bytes::<u32>(units);
+        let all = units * pieces;
+        let fixed_tables = table_bytes::<Option<LayerState<'_>>>(model.layer_count())
+            + table_bytes::<u32>(all)
+            + table_bytes::<UnitUse>(units);
         let reserved = limits.reserved.next_multiple_of(LINE as u64);
         let fixed = image.tables_len() + resident + state + fixed_tables + reserved;
-        // A slot costs its bytes and a row of the slot table; the table's rounding is paid once.
-        let slot_cost = slot_len + size_of::<Slot<'_>>() as u64;
+        // A slot costs its bytes and a row of two tables; the tables' rounding is paid once.
+        let slot_cost = slot_len + (size_of::<Slot<'_>>() + size_of::<Entry>()) as u64;
+        let rounding = 2 * LINE as u64;
         let need = |batch: usize| {
-            let least_slots = MIN_SLOTS.min(units) as u64;
-            fixed + Working::new(model, &limits, batch).bytes() + least_slots * slot_cost + LINE as u64
+            let least_slots = (MIN_UNITS * pieces).min(all) as u64;
+            fixed + Working::new(model, &limits, batch).bytes() + least_slots * slot_cost + rounding
         };
         let least = page(need(1));
         let arena = limits.arena / PAGE as u64 * PAGE as u64;
@@ -286,28 +299,29 @@ impl Plan {
         let shared = arena - fixed;
         let fits = |batch: usize| {
             let working = Working::new(model, &limits, batch).bytes();
-            let all = units as u64 * slot_cost;
-            need(batch) <= arena && (working <= shared / 4 || shared - working >= all + LINE as u64)
+            let all = all as u64 * slot_cost;
+            need(batch) <= arena && (working <= shared / 4 || shared - working >= all + rounding)
         };
         let mut batch = limits.batch.min(limits.context).min(MAX_BATCH);
         while batch > 1 && !fits(batch) {
             batch /= 2;
         }
         let work = Working::new(model, &limits, batch);
-        let slots = ((shared - work.bytes() - LINE as u64) / slot_cost).min(units as u64) as usize;
+        let slots = ((shared - work.bytes() - rounding) / slot_cost).min(all as u64) as usize;
         usize::try_from(arena).map_err(|_| PlanError::Overflow)?;
         #[cfg(feature = "log")]
-        log::debug!("arena {arena}: batch {batch}, {slots} of {units} units fit the pool, {least} bytes would do");
+        log::debug!("arena {arena}: batch {batch}, {slots} of {all} pieces fit the pool, {least} bytes would do");
         Ok(Self {
             limits,
             tables: image.tables_len(),
             resident,
             state,
             working: work.bytes(),
-            bookkeeping: fixed_tables + table_bytes::<Slot<'_>>(slots),
+            bookkeeping: fixed_tables + table_bytes::<Slot<'_>>(slots) + table_bytes::<Entry>(slots),
             pool: slots as u64 * slot_len,
             slots,
             slot_len,
+            pieces,
             batch,
             least,
             work,

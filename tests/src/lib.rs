@@ -13,13 +13,14 @@ use forebay_runtime::drive::{Observer, prefill};
 use forebay_runtime::engine::{Choice, Engine, Output, Stats};
 use forebay_runtime::open::Image;
 use forebay_runtime::plan::{Limits, Plan};
+use forebay_runtime::policy::Policy;
 use forebay_storage::MemoryStore;
 use forebay_storage::store::BlockStore;
 
 pub mod hostile;
 pub mod reference;
 
-/// Conditions of a run; none of them may change a bit of the logits, except `kv`.
+/// Conditions of a run; none of them may change a bit of the logits, except `kv` and `policy`.
 #[derive(Clone, Debug)]
 pub struct Setup {
     /// Bytes of the arena; `None` is enough for everything.
@@ -38,6 +39,8 @@ pub struct Setup {
     pub queue_depth: usize,
     /// Longest sequence.
     pub context: usize,
+    /// How experts are loaded and kept. Loading that is not exact changes the logits.
+    pub policy: Policy,
 }
 
 impl Default for Setup {
@@ -51,6 +54,7 @@ impl Default for Setup {
             backend: None,
             queue_depth: 4,
             context: 64,
+            policy: Policy::default(),
         }
     }
 }
@@ -66,7 +70,7 @@ impl Setup {
             kv: self.kv,
             workers: self.workers,
             reserved: 0,
-            levels: usize::MAX,
+            policy: self.policy,
         }
     }
 

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::kernels::{self, KernelArgs, NOT_KERNELS};
 use super::{MachineArgs, ModelArgs, Wanted, label, positive};
+use crate::host::accounting::{Accounting, Counts, PolicyReport};
 use crate::host::session::{self, Extra, Session};
 use crate::host::size::bytes_text;
 
@@ -54,6 +55,9 @@ struct Row {
     tok_s_max: f64,
     bytes_read_per_token: f64,
     stall_share: f64,
+    policy: PolicyReport,
+    /// Of the runs that are counted.
+    cache: Accounting,
 }
 
 /// A sequence of ids that repeats late and means nothing; experts are used as random text would.
@@ -103,20 +107,21 @@ pub fn main(args: &BenchArgs) -> Result<()> {
     let tests = [("pp", args.prompt, args.prompt.max(1)), ("tg", args.generation, 1)];
     if !args.json {
         println!(
-            "| model | image | arena | backend | threads | test | tok/s, median (min to max) | read a token | stalled |"
+            "| model | image | arena | backend | threads | test | tok/s, median (min to max) | read a token | hits | stalled |"
         );
-        println!("|---|---:|---:|---|---:|---|---:|---:|---:|");
+        println!("|---|---:|---:|---|---:|---|---:|---:|---:|---:|");
     }
+    let policy = PolicyReport::new(&setup.plan.limits.policy, setup.deadline_ms);
     session::run(&found.file, setup, |session| {
         for (kind, count, step) in tests.into_iter().filter(|(_, count, _)| *count > 0) {
             let tokens = ids(count, vocab);
             pass(session, &tokens, step)?;
-            let (bytes, stalled) = (session.engine.stats().unit_bytes, session.stalled());
+            let (counts, stalled) = (Counts::of(&session.engine), session.stalled());
             let times = (0..args.repetitions).map(|_| pass(session, &tokens, step)).collect::<Result<Vec<_>>>()?;
             let total: Duration = times.iter().sum();
             let mut rates: Vec<f64> = times.iter().map(|t| count as f64 / t.as_secs_f64()).collect();
             rates.sort_by(f64::total_cmp);
-            let fed = (count * args.repetitions) as f64;
+            let cache = Counts::of(&session.engine).since(&counts);
             let row = Row {
                 model: name.clone(),
                 image_bytes: session.file.len,
@@ -129,8 +134,10 @@ pub fn main(args: &BenchArgs) -> Result<()> {
                 tok_s_median: rates[rates.len() / 2],
                 tok_s_min: rates[0],
                 tok_s_max: rates[rates.len() - 1],
-                bytes_read_per_token: (session.engine.stats().unit_bytes - bytes) as f64 / fed,
+                bytes_read_per_token: cache.bytes_per_token(),
                 stall_share: (session.stalled() - stalled).as_secs_f64() / total.as_secs_f64(),
+                policy: policy.clone(),
+                cache,
             };
             print(&row, args.json)?;
         }
@@ -144,7 +151,7 @@ fn print(row: &Row, json: bool) -> Result<()> {
         return Ok(());
     }
     println!(
-        "| {} | {} | {} | {} | {} | {} | {:.1} ({:.1} to {:.1}) | {} | {:.0} % |",
+        "| {} | {} | {} | {} | {} | {} | {:.1} ({:.1} to {:.1}) | {} | {:.1} % | {:.0} % |",
         row.model,
         bytes_text(row.image_bytes),
         bytes_text(row.arena_bytes),
@@ -155,6 +162,7 @@ fn print(row: &Row, json: bool) -> Result<()> {
         row.tok_s_min,
         row.tok_s_max,
         bytes_text(row.bytes_read_per_token as u64),
+        100.0 * row.cache.hit_rate(),
         100.0 * row.stall_share
     );
     Ok(())

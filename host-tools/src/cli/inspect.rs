@@ -37,7 +37,7 @@ pub fn main(args: &InspectArgs) -> Result<()> {
             logit_rows: 1,
             kv: args.machine.kv(model),
             threads: args.machine.threads(),
-            levels: args.machine.levels(),
+            policy: args.machine.policy.policy()?.0,
             extra: Extra::default(),
         };
         let plan = session::plan(&found.file, image, &request, &args.machine.ram(found.bundled))?;
@@ -68,7 +68,14 @@ pub(super) fn print_plan(out: &mut impl Write, plan: &Plan, units: usize) -> Res
     ] {
         writeln!(out, "  {what:<9} {bytes:>14}  {}", bytes_text(bytes))?;
     }
-    writeln!(out, "  the pool holds {} of {units} units; batches of {} tokens", plan.slots, plan.batch)?;
+    writeln!(
+        out,
+        "  the pool holds {} of {} units{}; batches of {} tokens",
+        plan.slots / plan.pieces,
+        units,
+        if plan.pieces > 1 { ", level by level" } else { "" },
+        plan.batch
+    )?;
     writeln!(out, "  least     {:>14}  {}", plan.least, bytes_text(plan.least))?;
     Ok(())
 }
@@ -86,6 +93,7 @@ pub(super) fn plan_json(plan: &Plan, units: usize) -> serde_json::Value {
         "reserved": plan.limits.reserved,
         "pool": plan.pool,
         "slots": plan.slots,
+        "pieces": plan.pieces,
         "slot": plan.slot_len,
         "units": units,
         "batch": plan.batch,

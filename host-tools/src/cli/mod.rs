@@ -9,6 +9,7 @@ mod inspect;
 mod kernels;
 mod logits;
 mod perplexity;
+mod policy;
 mod run;
 mod tokenize;
 
@@ -142,7 +143,8 @@ enum Kv {
     F16,
 }
 
-/// Where and with what a model runs. None of it changes a bit of the result, but for `--kv` and `--levels`.
+/// Where and with what a model runs. None of it changes a bit of the result, but for `--kv` and a policy that is not
+/// exact.
 #[derive(Args)]
 struct MachineArgs {
     /// The whole memory of the run: bytes, or with a unit such as 64M, 2G, 512KiB [default: what everything takes,
@@ -158,10 +160,6 @@ struct MachineArgs {
     /// How keys and values are kept
     #[arg(long, value_enum, default_value = "auto")]
     kv: Kv,
-    /// Compute with the first N levels of every streamed unit, and read no more: the model at a lower precision
-    /// [default: all]
-    #[arg(long, value_name = "N", value_parser = positive)]
-    levels: Option<usize>,
     /// Instruction set: scalar, avx2, … [default: the fastest of this machine]
     #[arg(long, value_name = "NAME")]
     backend: Option<String>,
@@ -171,15 +169,13 @@ struct MachineArgs {
     /// Read no faster than this device: a name such as pi4-sd, or bw=400MB/s,lat=120us,iops=20k,qd=8
     #[arg(long, value_name = "NAME|LIST", value_parser = device)]
     device: Option<DeviceProfile>,
+    #[command(flatten)]
+    policy: policy::PolicyArgs,
 }
 
 impl MachineArgs {
     fn threads(&self) -> usize {
         self.threads.unwrap_or_else(session::cores)
-    }
-
-    fn levels(&self) -> usize {
-        self.levels.unwrap_or(usize::MAX)
     }
 
     fn backend(&self) -> Result<Backend> {
@@ -231,10 +227,10 @@ impl MachineArgs {
         let Wanted { context, batch, logit_rows, extra, with_tokenizer } = wanted;
         let threads = self.threads();
         let (batch, kv) = (self.batch.min(batch), self.kv(image.model()));
-        let levels = self.levels();
-        let request = Request { context, batch, logit_rows, kv, threads, levels, extra };
+        let (policy, deadline_ms) = self.policy.policy()?;
+        let request = Request { context, batch, logit_rows, kv, threads, policy, extra };
         let plan = session::plan(&found.file, image, &request, &self.ram(found.bundled))?;
-        Ok(Setup { plan, extra, backend, threads, store: self.store(), with_tokenizer })
+        Ok(Setup { plan, extra, backend, threads, store: self.store(), with_tokenizer, deadline_ms })
     }
 }
 

@@ -12,6 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use super::{MachineArgs, ModelArgs, Wanted};
+use crate::host::accounting::{Accounting, Counts, PolicyReport};
 use crate::host::generate::rate;
 use crate::host::session::{self, Extra};
 
@@ -94,6 +95,8 @@ struct Report {
     pool_bytes: u64,
     backend: &'static str,
     threads: usize,
+    policy: PolicyReport,
+    cache: Accounting,
 }
 
 pub fn main(args: &PerplexityArgs) -> Result<()> {
@@ -132,8 +135,9 @@ pub fn main(args: &PerplexityArgs) -> Result<()> {
         bar.set_style(style.progress_chars("=> "));
     }
     let mut score = Score::default();
+    let policy = PolicyReport::new(&setup.plan.limits.policy, setup.deadline_ms);
     let start = Instant::now();
-    session::run(&found.file, setup, |session| {
+    let cache = session::run(&found.file, setup, |session| {
         for chunk in tokens.chunks_exact_mut(context).take(chunks) {
             session.reset()?;
             if let Some(bos) = bos {
@@ -153,7 +157,7 @@ pub fn main(args: &PerplexityArgs) -> Result<()> {
             bar.set_message(format!("perplexity {:.4}", score.perplexity()));
             bar.inc(1);
         }
-        Ok(())
+        Ok(Counts::of(&session.engine).since(&Counts::default()))
     })?;
     let time = start.elapsed();
     bar.finish_and_clear();
@@ -173,12 +177,18 @@ pub fn main(args: &PerplexityArgs) -> Result<()> {
             pool_bytes,
             backend: backend.name(),
             threads,
+            policy,
+            cache,
         };
         writeln!(out, "{}", serde_json::to_string(&report)?)?;
     } else {
         writeln!(out, "perplexity {:.4} +/- {:.4}", score.perplexity(), score.error())?;
         let rate = rate(chunks * context, time);
         writeln!(out, "{chunks} chunks of {context} tokens, {} tokens scored, {rate:.1} tok/s", score.count)?;
+        writeln!(out, "policy {}", policy.text())?;
+        for (what, text) in cache.rows() {
+            writeln!(out, "{what} {text}")?;
+        }
     }
     Ok(())
 }

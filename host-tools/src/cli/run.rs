@@ -10,6 +10,7 @@ use forebay_runtime::tokenizer::{EncodeOptions, Tokenizer};
 use serde::Serialize;
 
 use super::{MachineArgs, ModelArgs, SampleArgs, Wanted, check_ids, label};
+use crate::host::accounting::{Accounting, Counts, PolicyReport};
 use crate::host::generate::{Generated, Until, generate, rate};
 use crate::host::models::Found;
 use crate::host::session::{self, Extra, Session, Setup};
@@ -66,6 +67,7 @@ struct Prepared {
     count: usize,
     params: SamplerParams,
     name: String,
+    policy: PolicyReport,
 }
 
 /// The line of JSON.
@@ -80,7 +82,12 @@ struct Report<'r> {
     arena_bytes: u64,
     pool_bytes: u64,
     streamed_bytes_total: u64,
-    cache: Cache,
+    policy: PolicyReport,
+    cache: Accounting,
+    /// From the beginning of the run, before anything was read.
+    first_token_s: f64,
+    /// Tokens that took longer than the deadline.
+    late_tokens: Option<u64>,
     stall_s: f64,
     image_bytes: u64,
     stop: &'static str,
@@ -92,18 +99,11 @@ struct Report<'r> {
     peak_rss_bytes: Option<u64>,
 }
 
-#[derive(Serialize)]
-struct Cache {
-    hits: u64,
-    misses: u64,
-    bytes_read: u64,
-}
-
 pub fn main(args: &RunArgs) -> Result<()> {
     let backend = args.machine.backend()?;
     let found = args.model.find()?;
     let prepared = found.file.probe(|image, tokenizer| prepare(args, &found, backend, image, tokenizer))?;
-    let Prepared { prompt, setup, count, params, name } = prepared;
+    let Prepared { prompt, setup, count, params, name, policy } = prepared;
     let threads = setup.threads;
     session::run(&found.file, setup, |session| {
         let to = match &prompt {
@@ -124,9 +124,11 @@ pub fn main(args: &RunArgs) -> Result<()> {
         let mut show = |part: &str| Ok(out.write_all(part.as_bytes()).and_then(|()| out.flush())?);
         let made = generate(session, 0, to, until, &mut Sampler::new(params), &mut show)?;
         writeln!(out)?;
-        summary(session, &made, to, threads, &params, &name);
+        let used = Counts::of(&session.engine).since(&Counts::default());
+        summary(session, &made, to, threads, &params, &name, (&policy, &used));
         if args.json {
-            writeln!(out, "{}", serde_json::to_string(&report(session, &made, to, threads, &params))?)?;
+            let report = report(session, &made, to, threads, &params, (policy, used));
+            writeln!(out, "{}", serde_json::to_string(&report)?)?;
         }
         Ok(())
     })
@@ -193,7 +195,8 @@ fn prepare(
     let setup = args.machine.setup(found, image, backend, wanted)?;
     let record = model.record();
     let name = format!("{} ({}, {})", label(&record.name), label(&record.family), label(&record.weights_label));
-    Ok(Prepared { prompt, setup, count: args.n.unwrap_or(DEFAULT_COUNT), params, name })
+    let policy = PolicyReport::new(&setup.plan.limits.policy, setup.deadline_ms);
+    Ok(Prepared { prompt, setup, count: args.n.unwrap_or(DEFAULT_COUNT), params, name, policy })
 }
 
 fn report<'r>(
@@ -202,6 +205,7 @@ fn report<'r>(
     prompt: usize,
     threads: usize,
     params: &SamplerParams,
+    (policy, cache): (PolicyReport, Accounting),
 ) -> Report<'r> {
     let stats = session.engine.stats();
     let plan = session.engine.plan();
@@ -215,7 +219,10 @@ fn report<'r>(
         arena_bytes: plan.limits.arena,
         pool_bytes: plan.pool,
         streamed_bytes_total: session.streamed_len,
-        cache: Cache { hits: stats.hits, misses: stats.misses, bytes_read: stats.unit_bytes },
+        policy,
+        cache,
+        first_token_s: made.first_token.as_secs_f64(),
+        late_tokens: session.late().map(|(late, _)| late),
         stall_s: session.stalled().as_secs_f64(),
         image_bytes: session.file.len,
         stop: made.stop.name(),
@@ -236,8 +243,8 @@ fn summary(
     threads: usize,
     params: &SamplerParams,
     name: &str,
+    (policy, used): (&PolicyReport, &Accounting),
 ) {
-    let stats = session.engine.stats();
     let total = made.prompt_time + made.decode_time;
     eprintln!();
     let line = |what: &str, text: String| eprintln!("{what:<11} {text}");
@@ -247,20 +254,11 @@ fn summary(
         "generation",
         format!("{} tokens, {:.1} tok/s, ended by {}", made.tokens.len(), made.decode_rate(), made.stop.name()),
     );
+    line("first token", format!("after {:.3} s", made.first_token.as_secs_f64()));
     memory_lines(session, &line);
-    let uses = stats.hits + stats.misses;
-    let share = if uses == 0 { 0.0 } else { 100.0 * stats.hits as f64 / uses as f64 };
-    line(
-        "units",
-        format!(
-            "{} hits ({share:.1} %), {} misses, {} read ahead; {} read, {} reads repeated",
-            stats.hits,
-            stats.misses,
-            stats.prefetched,
-            bytes_text(stats.unit_bytes),
-            stats.retries
-        ),
-    );
+    used.rows().into_iter().for_each(|(what, text)| line(what, text));
+    let late = session.late().map_or(String::new(), |(late, all)| format!("; {late} of {all} tokens were late"));
+    line("policy", policy.text() + &late);
     line("stalled", format!("{:.3} s of {:.3} s", session.stalled().as_secs_f64(), total.as_secs_f64()));
     line("machine", format!("{}, {threads} threads; {}", session.backend(), session.store_name));
     let sampling = match params.temperature > 0.0 {
@@ -293,6 +291,11 @@ pub fn memory_lines(session: &Session<'_, '_>, line: &dyn Fn(&str, String)) {
     let share = 100.0 * plan.pool as f64 / (session.streamed_len as f64).max(1.0);
     line(
         "pool",
-        format!("{} units, {share:.1} % of the {} that are streamed", plan.slots, bytes_text(session.streamed_len)),
+        format!(
+            "{} {}, {share:.1} % of the {} that are streamed",
+            plan.slots,
+            if plan.pieces > 1 { "levels of units" } else { "units" },
+            bytes_text(session.streamed_len)
+        ),
     );
 }

@@ -39,6 +39,8 @@ pub struct Generated {
     pub text: String,
     /// From the first token fed to the first one chosen.
     pub prompt_time: Duration,
+    /// From the beginning of the run, before anything was read, to the first token chosen.
+    pub first_token: Duration,
     /// From the first token chosen to the last.
     pub decode_time: Duration,
     /// Why it ended.
@@ -85,6 +87,7 @@ pub fn generate(
     let start = Instant::now();
     let mut token = session.next(from, to, sampler)?;
     let prompt_time = start.elapsed();
+    let first_token = session.elapsed();
     let decode_start = Instant::now();
     let mut decode_time = Duration::ZERO;
     let mut at = to;
@@ -113,5 +116,5 @@ pub fn generate(
         decoder.finish(&mut |part| text.push_str(part));
         show(&text[shown..])?;
     }
-    Ok(Generated { tokens, text, prompt_time, decode_time, stop })
+    Ok(Generated { tokens, text, prompt_time, first_token, decode_time, stop })
 }

@@ -1,5 +1,6 @@
 //! What the subcommands share: finding an image, running it, talking to it.
 
+pub mod accounting;
 pub mod generate;
 pub mod models;
 pub mod npy;

@@ -17,10 +17,12 @@ use forebay_kernels::weights::Encoding;
 use forebay_runtime::arena::{Arena, PAGE, table_bytes};
 use forebay_runtime::drive::{self, Observer};
 use forebay_runtime::engine::{Engine, EngineError, Output, ReadFault};
+use forebay_runtime::governor::Governor;
 use forebay_runtime::model::Model;
 use forebay_runtime::model::record::Role;
 use forebay_runtime::open::Image;
 use forebay_runtime::plan::{Limits, Plan, PlanError};
+use forebay_runtime::policy::Policy;
 use forebay_runtime::sample::{Candidate, Sampler};
 use forebay_runtime::tokenizer::{EncodeOptions, Tokenizer, TokenizerError};
 use forebay_storage::FileStore;
@@ -183,6 +185,8 @@ pub struct Setup {
     pub store: StoreOptions,
     /// Whether the tokenizer's tables are read.
     pub with_tokenizer: bool,
+    /// Milliseconds that a generated token may take, under a deadline.
+    pub deadline_ms: Option<f64>,
 }
 
 /// What a plan is made from, besides the image.
@@ -198,8 +202,8 @@ pub struct Request {
     pub kv: KvFormat,
     /// Threads that compute.
     pub threads: usize,
-    /// Levels of a unit that are computed with.
-    pub levels: usize,
+    /// How experts are loaded and kept.
+    pub policy: Policy,
     /// What else lies in the arena.
     pub extra: Extra,
 }
@@ -215,7 +219,7 @@ pub fn plan(file: &ImageFile, image: &Image<'_>, request: &Request, ram: &Ram) -
             kv: request.kv,
             workers: request.threads,
             reserved: request.extra.bytes(request.context),
-            levels: request.levels,
+            policy: request.policy,
         };
         Plan::new(image, limits)
     };
@@ -352,11 +356,14 @@ pub struct Session<'a, 's> {
     workers: ThreadPool,
     backend: Backend,
     stall: Stall,
+    governor: Option<Governor>,
+    started: Instant,
 }
 
 impl Session<'_, '_> {
     /// Feeds `history[from..to]` and chooses the token that comes next.
     pub fn next(&mut self, from: usize, to: usize, sampler: &mut Sampler) -> Result<u32> {
+        let before = self.begin(to - from);
         let exec = Exec { backend: self.backend, workers: &self.workers };
         let (history, candidates) = (&*self.history, &mut *self.candidates);
         let recent = &history[to.saturating_sub(PENALTY_WINDOW)..to];
@@ -371,14 +378,45 @@ impl Session<'_, '_> {
             |_, logits| token = Some(sampler.sample(logits, recent, candidates)),
         );
         fed.map_err(|e| self.explain(e))?;
+        self.end(to - from, before);
         token.context("the engine gave no logits")
     }
 
     /// Feeds `tokens`; the logits that `output` wants go to `rows`: position of the first row, [rows][vocab].
     pub fn feed(&mut self, tokens: &[u32], output: Output, rows: impl FnMut(usize, &mut [f32])) -> Result<()> {
+        let before = self.begin(tokens.len());
         let exec = Exec { backend: self.backend, workers: &self.workers };
         drive::prefill(&mut self.engine, &mut self.store, &exec, tokens, output, &mut self.stall, rows)
-            .map_err(|e| self.explain(e))
+            .map_err(|e| self.explain(e))?;
+        self.end(tokens.len(), before);
+        Ok(())
+    }
+
+    /// Tells the engine what the governor lets `tokens` tokens read: a prompt what it wants, a single token its share.
+    fn begin(&mut self, tokens: usize) -> (Instant, Duration, u64) {
+        if let Some(governor) = &self.governor {
+            self.engine.allow(if tokens == 1 { governor.allowance() } else { u64::MAX });
+        }
+        (Instant::now(), self.stall.total, self.engine.stats().unit_bytes)
+    }
+
+    /// Tells the governor what a single token took.
+    fn end(&mut self, tokens: usize, (start, stalled, bytes): (Instant, Duration, u64)) {
+        if let (Some(governor), 1) = (&mut self.governor, tokens) {
+            let us = |time: Duration| time.as_secs_f64() * 1e6;
+            let read = self.engine.stats().unit_bytes - bytes;
+            governor.observe(us(start.elapsed()), us(self.stall.total - stalled), read);
+        }
+    }
+
+    /// Tokens that took longer than their deadline, and how many had one.
+    pub fn late(&self) -> Option<(u64, u64)> {
+        self.governor.as_ref().map(Governor::late)
+    }
+
+    /// Time since the run began: before its memory was taken and its tables were read.
+    pub fn elapsed(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Starts a new sequence.
@@ -431,6 +469,7 @@ impl Session<'_, '_> {
 
 /// Runs `body` with an engine for `file`.
 pub fn run<T>(file: &ImageFile, setup: Setup, body: impl FnOnce(&mut Session<'_, '_>) -> Result<T>) -> Result<T> {
+    let started = Instant::now();
     let bytes = setup.store.load(&file.path)?;
     let mut memory = Memory::new(setup.plan.limits.arena)?;
     let memory = memory.pages();
@@ -453,6 +492,11 @@ pub fn run<T>(file: &ImageFile, setup: Setup, body: impl FnOnce(&mut Session<'_,
             workers: ThreadPool::new(setup.threads),
             backend: setup.backend,
             stall: Stall::default(),
+            governor: setup.deadline_ms.map(|ms| {
+                let rate = setup.store.device.map_or(0.0, |device| device.bandwidth as f64);
+                Governor::new(ms * 1e3, rate)
+            }),
+            started,
             engine,
             store,
         };

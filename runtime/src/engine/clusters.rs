@@ -54,7 +54,7 @@ impl<'a> Engine<'a> {
 
     /// Scores the layer's clusters for every token and lists those that any token keeps.
     pub(super) fn choose_clusters(&mut self, exec: &Exec<'_>, index: usize) -> Result<(), EngineError> {
-        let units = self.layer(index)?.shape.units;
+        let (units, levels) = (self.layer(index)?.shape.units, self.layer(index)?.levels);
         let tensors = self.layer_tensors(index)?;
         let (gate, bias) = (tensors.matrix(Role::ClusterGate)?, tensors.vector(Role::ClusterBias)?);
         self.threshold = threshold(self.global_tensors()?.vector(Role::ClusterThresholds)?, self.share);
@@ -67,7 +67,7 @@ impl<'a> Engine<'a> {
             let users = scores.iter().skip(unit).step_by(units).filter(|s| keeps(**s, self.threshold)).count();
             self.stats.cluster_uses += users as u64;
             if users > 0 {
-                b.needs[self.need_count] = UnitNeed { unit: unit as u16, done: false };
+                b.needs[self.need_count] = UnitNeed { unit: unit as u16, levels, done: false };
                 self.need_count += 1;
             }
         }

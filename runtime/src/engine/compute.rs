@@ -9,14 +9,14 @@ use forebay_kernels::weights::{MatrixRef, MatrixShape};
 use zerocopy::FromBytes;
 
 use super::clusters::keeps;
-use super::routing::choose;
-use super::{Choice, Engine, EngineError, LayerState, UnitNeed};
+use super::{Engine, EngineError, LayerState, UnitNeed};
 use crate::model::Model;
 use crate::model::record::{NO_LAYER, Operator, Role, Router};
+use crate::model::unit::MAX_LEVELS;
 use crate::plan::kv_shape;
-use crate::pool::Residency;
+use crate::policy::Choice;
 
-const MISSING: EngineError = EngineError::LogicBug("a tensor that was validated is missing");
+pub(super) const MISSING: EngineError = EngineError::LogicBug("a tensor that was validated is missing");
 
 /// The resident tensors of a layer, or of the model.
 #[derive(Clone, Copy)]
@@ -34,13 +34,13 @@ impl<'a> Tensors<'a> {
         Some((t.shape, bytes))
     }
 
-    pub(super) fn matrix(&self, role: Role) -> Result<MatrixRef<'a>, EngineError> {
+    pub fn matrix(&self, role: Role) -> Result<MatrixRef<'a>, EngineError> {
         let (shape, bytes) = self.bytes(role).ok_or(MISSING)?;
         MatrixRef::from_contiguous(shape, bytes).ok_or(MISSING)
     }
 
     /// A tensor of plain f32; `None` if the model has none of this role.
-    pub(super) fn optional(&self, role: Role) -> Option<&'a [f32]> {
+    pub fn optional(&self, role: Role) -> Option<&'a [f32]> {
         let (shape, bytes) = self.bytes(role)?;
         let len = shape.rows as usize * shape.cols as usize;
         <[f32]>::ref_from_bytes(bytes.get(..len * size_of::<f32>())?).ok()
@@ -248,73 +248,35 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// Chooses each token's units and lists what the layer needs, in the order in which it lies in the image.
-    pub(super) fn route(&mut self, exec: &Exec<'_>, index: usize) -> Result<(), EngineError> {
-        let shape = self.layer(index)?.shape;
-        let n = self.count;
-        let hidden = self.model.hidden();
-        let b = &mut self.buffers;
-        self.need_count = 0;
-        if shape.router == Router::All {
-            b.output[..n * hidden].fill(0.0);
-            if self.layers[index].as_ref().is_some_and(|l| l.sparse) {
-                self.choose_clusters(exec, index)?;
-            } else {
-                for unit in 0..shape.units {
-                    b.needs[unit] = UnitNeed { unit: unit as u16, done: false };
-                }
-                self.need_count = shape.units;
-            }
-        } else {
-            let tensors = Tensors {
-                model: self.model,
-                layer: index as u16,
-                bytes: self.layers[index].as_ref().and_then(|l| l.group.ready()).ok_or(MISSING)?,
-            };
-            let gate = tensors.matrix(Role::RouterGate)?;
-            let bias = tensors.optional(Role::RouterBias);
-            let scores = &mut b.scores[..n * shape.units];
-            project(exec, &b.normed[..n * hidden], n, b.acts, &mut [(gate, &mut *scores)]);
-            let choices = &mut b.choices[..n * shape.top_k];
-            for (scores, choices) in scores.chunks_exact_mut(shape.units).zip(choices.chunks_exact_mut(shape.top_k)) {
-                choose(&shape, scores, bias, choices);
-            }
-            for unit in 0..shape.units as u16 {
-                if choices.iter().any(|c| c.unit == unit) {
-                    b.needs[self.need_count] = UnitNeed { unit, done: false };
-                    self.need_count += 1;
-                }
+    /// Computes one resident unit for the tokens that use it, each at its precision.
+    pub(super) fn unit(&mut self, exec: &Exec<'_>, index: usize, need: usize) -> Result<(), EngineError> {
+        let UnitNeed { unit, levels, .. } = self.buffers.needs[need];
+        let layer: &LayerState<'_> = self.layer(index)?;
+        let (dense, full, id) = (layer.shape.router == Router::All, layer.levels, layer.unit_base + u32::from(unit));
+        let pieces = self.pool.directory.pieces();
+        let used = if pieces == 1 { 1 } else { u32::from(levels) };
+        self.pool.directory.touch(id, used, levels == full);
+        for precision in 1..=levels {
+            if !dense || precision == full {
+                self.unit_at(exec, index, unit, precision)?;
             }
         }
-        let base = self.layer(index)?.unit_base;
-        for need in &self.buffers.needs[..self.need_count] {
-            match self.pool.residency(base + u32::from(need.unit)) {
-                Residency::Absent => self.stats.misses += 1,
-                _ => self.stats.hits += 1,
-            }
-        }
+        self.buffers.needs[need].done = true;
         Ok(())
     }
 
-    /// Computes one resident unit for the tokens that use it.
-    pub(super) fn unit(&mut self, exec: &Exec<'_>, index: usize, need: usize) -> Result<(), EngineError> {
+    /// Computes a unit for the tokens that use it with `levels` levels.
+    fn unit_at(&mut self, exec: &Exec<'_>, index: usize, unit: u16, levels: u8) -> Result<(), EngineError> {
         let tensors = self.layer_tensors(index)?;
-        let (shape, id, unit, sparse) = {
+        let (shape, id, sparse) = {
             let layer: &LayerState<'_> = self.layer(index)?;
-            let unit = self.buffers.needs[need].unit;
-            (layer.shape, layer.unit_base + u32::from(unit), unit, layer.sparse)
+            (layer.shape, layer.unit_base + u32::from(unit), layer.sparse)
         };
-        self.pool.touch(id);
-        let bytes = self.pool.get(id).ok_or(EngineError::LogicBug("a unit that is not resident"))?;
-        let (levels, page) = (self.plan.limits.levels_of(&shape.unit), self.model.page());
-        let pieces = shape.unit.split(levels, page, bytes);
-        let view = pieces.and_then(|pieces| shape.unit.view(levels, page, &pieces));
-        let view = view.ok_or(EngineError::LogicBug("a unit shorter than its shape"))?;
         let (n, hidden, width) = (self.count, self.model.hidden(), shape.unit_width);
         let b = &mut self.buffers;
         let chosen = &b.choices[..if shape.router == Router::All { 0 } else { n * shape.top_k }];
         // Which (token, rank) pairs use the unit; a dense layer's units are used by every token.
-        let uses = |at: usize| chosen[at].unit == unit;
+        let uses = |at: usize| chosen[at].unit == unit && chosen[at].levels == levels;
         let (scores, threshold) = (&*b.scores, self.threshold);
         let kept = |token: &usize| keeps(scores[token * shape.units + usize::from(unit)], threshold);
         let tokens = match shape.router {
@@ -322,6 +284,22 @@ impl<'a> Engine<'a> {
             Router::All => n,
             _ => (0..chosen.len()).filter(|at| uses(*at)).count(),
         };
+        if tokens == 0 {
+            return Ok(());
+        }
+        let missing = EngineError::LogicBug("a unit that is not resident");
+        let mut bytes: [&[u8]; MAX_LEVELS] = [&[]; MAX_LEVELS];
+        let (page, pieces) = (self.model.page(), self.pool.directory.pieces());
+        if pieces == 1 {
+            let whole = self.pool.get(id).ok_or(missing)?;
+            bytes = shape.unit.split(levels.into(), page, whole).ok_or(missing)?;
+        } else {
+            for (level, bytes) in bytes.iter_mut().enumerate().take(levels.into()) {
+                *bytes = self.pool.get(id * pieces + level as u32).ok_or(missing)?;
+            }
+        }
+        let view = shape.unit.view(levels.into(), page, &bytes);
+        let view = view.ok_or(EngineError::LogicBug("a unit shorter than its shape"))?;
         // One buffer holds the gathered inputs and, once they are quantised or used, the unit's outputs.
         let input: &[f32] = if tokens == n {
             &b.normed[..n * hidden]
@@ -360,7 +338,6 @@ impl<'a> Engine<'a> {
                 }
             }
         }
-        b.needs[need].done = true;
         self.computed = Some((unit, tokens));
         Ok(())
     }
@@ -376,7 +353,7 @@ impl<'a> Engine<'a> {
             output.fill(0.0);
             for (t, row) in output.chunks_exact_mut(hidden).enumerate() {
                 let choices: &[Choice] = &b.choices[t * shape.top_k..][..shape.top_k];
-                for (rank, choice) in choices.iter().enumerate() {
+                for (rank, choice) in choices.iter().enumerate().filter(|(_, choice)| choice.levels > 0) {
                     let part = &b.partial[(t * shape.top_k + rank) * hidden..][..hidden];
                     ops::add_scaled(row, part, choice.weight);
                 }

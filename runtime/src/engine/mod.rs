@@ -8,17 +8,22 @@ mod clusters;
 mod compute;
 mod reads;
 mod routing;
+mod stats;
+
+pub use stats::{LayerStats, Stats};
 
 use forebay_kernels::exec::Exec;
 use forebay_storage::store::ReadRequest;
 use heapless::LinearMap;
 
 use crate::arena::{Arena, OutOfArena, PAGE};
+use crate::cache::{Directory, Entry, UnitUse};
 use crate::model::record::{NO_LAYER, Operator, Router};
 use crate::model::{LayerShape, Model};
 use crate::open::Image;
-use crate::plan::{Plan, kv_shape};
-use crate::pool::{Pool, Slot};
+use crate::plan::{Plan, kv_shape, unit_levels};
+pub use crate::policy::Choice;
+use crate::pool::Pool;
 
 /// How often a read is tried before its failure ends the run.
 pub const READ_ATTEMPTS: u8 = 3;
@@ -194,21 +199,21 @@ pub enum Step<'a> {
     Idle,
 }
 
-/// A unit chosen for a token.
-#[derive(Clone, Copy, PartialEq, Debug, Default)]
-#[cfg_attr(feature = "defmt", derive(defmt::Format))]
-pub struct Choice {
-    /// The unit.
-    pub unit: u16,
-    /// Factor on its output.
-    pub weight: f32,
-}
-
 /// A unit that the present layer needs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct UnitNeed {
     unit: u16,
+    /// Levels that must be resident before it is computed.
+    levels: u8,
     done: bool,
+}
+
+/// An expert that a later layer will probably need.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Predicted {
+    layer: u16,
+    unit: u16,
+    levels: u8,
 }
 
 /// Resident tensors of a layer, or of the model.
@@ -228,6 +233,11 @@ pub(crate) struct LayerState<'a> {
     unit_base: u32,
     /// Whether a predictor chooses the neuron clusters that a token uses; else a dense layer uses all of them.
     sparse: bool,
+    /// Levels of full precision: all, or the policy's most.
+    levels: u8,
+    /// Mean range of the router's selection scores, and how many tokens it was taken over.
+    range: (f32, u32),
+    stats: LayerStats,
     keys: &'a mut [u8],
     values: &'a mut [u8],
     conv: &'a mut [f32],
@@ -242,30 +252,6 @@ enum Phase {
     Route(usize),
     Units(usize),
     Head(usize),
-}
-
-/// What was read and used since the engine was made.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-#[cfg_attr(feature = "defmt", derive(defmt::Format))]
-pub struct Stats {
-    /// Uses of units that were in the pool, or on their way to it, when their layer came to need them.
-    pub hits: u64,
-    /// Uses of units that had to be read when their layer came to need them.
-    pub misses: u64,
-    /// Units read before they were needed.
-    pub prefetched: u64,
-    /// Bytes of units read.
-    pub unit_bytes: u64,
-    /// Bytes of resident tensors read.
-    pub resident_bytes: u64,
-    /// Reads that failed or had a wrong checksum, and were tried again.
-    pub retries: u64,
-    /// Tokens computed.
-    pub tokens: u64,
-    /// Uses of neuron clusters by tokens, in layers with predictors.
-    pub cluster_uses: u64,
-    /// Uses that there would have been if none had been left out.
-    pub cluster_all: u64,
 }
 
 /// Buffers of the decoder's pass; see `Working` in the plan for their sizes.
@@ -289,6 +275,7 @@ struct Buffers<'a> {
     unit_acts: &'a mut [u8],
     choices: &'a mut [Choice],
     needs: &'a mut [UnitNeed],
+    predicted: &'a mut [Predicted],
     tokens: &'a mut [u32],
 }
 
@@ -317,6 +304,10 @@ pub struct Engine<'a> {
     threshold: f32,
     /// Number in its layer of the unit that the last step computed, and for how many tokens.
     computed: Option<(u16, usize)>,
+    /// Experts predicted for later layers.
+    predicted_count: usize,
+    /// Bytes of units that may still be read for the present token.
+    allowance: u64,
     /// Reads under way.
     in_flight: usize,
     queue_depth: usize,
@@ -364,8 +355,16 @@ impl<'a> Engine<'a> {
         if let Some(error) = failed {
             return Err(error);
         }
-        let slots = arena.table(plan.slots, || Slot::new(cut(&mut pages, plan.slot_len as usize)))?;
-        let of_unit = arena.table(model.unit_count(), || 0)?;
+        let slots = arena.table(plan.slots, || Some(cut(&mut pages, plan.slot_len as usize)))?;
+        let units = model.unit_count();
+        let directory = Directory::new(
+            arena.table(plan.slots, Entry::default)?,
+            arena.table(units * plan.pieces, || 0)?,
+            arena.table(units, UnitUse::default)?,
+            plan.pieces,
+            model.layer_count(),
+            plan.limits.policy.eviction,
+        );
         let work = &plan.work;
         let buffers = Buffers {
             residual: arena.f32s(work.residual)?,
@@ -386,6 +385,7 @@ impl<'a> Engine<'a> {
             unit_acts: arena.lines(work.unit_act_bytes)?,
             choices: arena.table(work.choices, Choice::default)?,
             needs: arena.table(work.needs, UnitNeed::default)?,
+            predicted: arena.table(work.predicted, Predicted::default)?,
             tokens: arena.table(work.tokens, || 0)?,
         };
         Ok(Self {
@@ -393,7 +393,7 @@ impl<'a> Engine<'a> {
             plan,
             layers,
             global,
-            pool: Pool::new(slots, of_unit),
+            pool: Pool::new(slots, directory),
             buffers,
             phase: Phase::Idle,
             output: Output::None,
@@ -404,6 +404,8 @@ impl<'a> Engine<'a> {
             share: 1.0,
             threshold: 0.0,
             computed: None,
+            predicted_count: 0,
+            allowance: u64::MAX,
             in_flight: 0,
             queue_depth: queue_depth.max(1),
             retrying: LinearMap::new(),
@@ -417,7 +419,11 @@ impl<'a> Engine<'a> {
     }
     /// Counts since the engine was made.
     pub fn stats(&self) -> Stats {
-        self.stats
+        Stats { wasted: self.pool.directory.wasted(), ..self.stats }
+    }
+    /// Counts of a layer's units since the engine was made.
+    pub fn layer_stats(&self, layer: usize) -> Option<LayerStats> {
+        Some(self.layers.get(layer)?.as_ref()?.stats)
     }
     /// Tokens of the vocabulary.
     pub fn vocab(&self) -> usize {
@@ -440,6 +446,12 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
+    /// Bytes of units that may be read for the next token, under [`crate::policy::Loading::Deadline`]; other policies
+    /// do not look at it. What prefetch reads is not counted.
+    pub fn allow(&mut self, bytes: u64) {
+        self.allowance = bytes;
+    }
+
     /// Gives the next tokens of the sequence: 1 to [`Plan::batch`]. Then call [`Self::step`] until it is idle.
     pub fn feed(&mut self, tokens: &[u32], output: Output) -> Result<(), EngineError> {
         if self.phase != Phase::Idle {
@@ -460,6 +472,8 @@ impl<'a> Engine<'a> {
         self.count = count;
         self.rotated = None;
         self.output = output;
+        self.predicted_count = 0;
+        self.pool.directory.begin_token();
         self.phase = Phase::Embed;
         Ok(())
     }
@@ -598,6 +612,9 @@ impl<'a> LayerState<'a> {
             group,
             unit_base,
             sparse: false,
+            levels: unit_levels(&shape, &plan.limits.policy) as u8,
+            range: (0.0, 0),
+            stats: LayerStats::default(),
             keys: arena.lines(cache)?,
             values: arena.lines(cache)?,
             conv: arena.f32s(taps * model.hidden())?,

@@ -1,0 +1,386 @@
+//! Which unit holds which slot of the pool, and which gives way: the pool's bookkeeping, without its buffers.
+//!
+//! The engine's pool and the host's simulator use the same [`Directory`], so what the simulator counts is what a run
+//! does. A unit is kept as one or more *pieces*: the whole of it, or its levels (bit-planes) apart, so that a unit
+//! of low precision takes less room, is upgraded by reading the rest, and can give back the rest first.
+//! Pieces are numbered `unit * pieces + piece`; units are numbered over all layers.
+//!
+//! What gives way: never a piece that must stay, nor one that others of its unit stand on. Of the rest, experts
+//! first, by the policy; then units of dense layers, whose order of use is known, the one that is needed last.
+
+/// No slot, in the piece table; no piece, in the slot table.
+const NONE: u32 = u32::MAX;
+/// Share of the slots that S3-FIFO's small queue has: one in this many.
+const S3_SMALL: usize = 10;
+/// S3-FIFO counts uses up to this.
+const S3_MOST: u8 = 3;
+
+/// Weights of HOBBIT's cache score; they should sum to 1.
+#[derive(Clone, Copy, PartialEq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub struct Weights {
+    /// Of how recently the unit was used.
+    pub lru: f32,
+    /// Of how often it was used.
+    pub lfu: f32,
+    /// Of how often it was used in full precision.
+    pub lhu: f32,
+    /// Of how soon its layer comes again.
+    pub fld: f32,
+}
+
+/// What gives way among experts.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub enum Eviction {
+    /// The least recently used.
+    #[default]
+    Lru,
+    /// The least often used, counts outliving the stay in the pool; of equals the least recently used.
+    Lfu,
+    /// HOBBIT (2411.01433, section 4.4): the least
+    /// `lru*R/T + lfu*F/T + lhu*H/T + fld*(1 - ((l - l_now + L) mod L)/L)`, where `R` is the token of the last use,
+    /// `F` and `H` the uses and those in full precision, `T` the present token.
+    Hobbit(Weights),
+    /// MoE-APEX: uses in full precision and lower ones by their cost, divided by the distance of the layer, and a
+    /// bonus for what the previous token used.
+    Apex,
+    /// S3-FIFO (SOSP'23): a small and a main queue, and a memory of what left the small one.
+    S3Fifo,
+}
+
+impl Eviction {
+    /// HOBBIT's score with equal weights.
+    pub const HOBBIT: Self = Self::Hobbit(Weights { lru: 0.25, lfu: 0.25, lhu: 0.25, fld: 0.25 });
+
+    /// Every policy, HOBBIT's with equal weights.
+    pub const ALL: [Self; 5] = [Self::Lru, Self::Lfu, Self::HOBBIT, Self::Apex, Self::S3Fifo];
+
+    /// The name that options and reports use.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Lru => "lru",
+            Self::Lfu => "lfu",
+            Self::Hobbit(_) => "hobbit",
+            Self::Apex => "apex",
+            Self::S3Fifo => "s3fifo",
+        }
+    }
+
+    /// The policy of a name; HOBBIT's with equal weights.
+    #[must_use]
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|policy| policy.name() == name)
+    }
+}
+
+/// Where a piece is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub enum Residency {
+    /// Not in the pool.
+    Absent,
+    /// Being read.
+    InFlight,
+    /// Ready to be computed with.
+    Resident,
+}
+
+/// One slot's entry.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    piece: u32,
+    layer: u16,
+    ready: bool,
+    /// S3-FIFO: whether it is in the main queue, and how often it was used there.
+    main: bool,
+    uses: u8,
+    /// Read ahead and not used since.
+    unused: bool,
+    pinned: bool,
+    /// When it was last used, or read; S3-FIFO: when it joined its queue.
+    stamp: u64,
+}
+
+impl Default for Entry {
+    fn default() -> Self {
+        Self { piece: NONE, layer: 0, ready: false, main: false, uses: 0, unused: false, pinned: false, stamp: 0 }
+    }
+}
+
+/// What is remembered of a unit, resident or not.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct UnitUse {
+    /// Token of the last use, counted from 1; 0 if there was none.
+    last: u32,
+    uses: u32,
+    full: u32,
+    /// S3-FIFO: number of the eviction from the small queue that it left by, counted from 1.
+    left: u32,
+}
+
+/// What the caller knows when a slot is claimed.
+#[derive(Clone, Copy, Debug)]
+pub struct Claim {
+    /// The piece that wants a slot.
+    pub piece: u32,
+    /// Its layer.
+    pub layer: u16,
+    /// The layer that is being computed.
+    pub present: u16,
+    /// Whether it is read before anything needs it.
+    pub ahead: bool,
+}
+
+/// Which piece holds which slot.
+#[derive(Debug)]
+pub struct Directory<'a> {
+    entries: &'a mut [Entry],
+    /// Slot of each piece, or [`NONE`].
+    of_piece: &'a mut [u32],
+    units: &'a mut [UnitUse],
+    pieces: u32,
+    layers: u16,
+    policy: Eviction,
+    clock: u64,
+    token: u32,
+    /// Evictions from S3-FIFO's small queue.
+    left: u32,
+    wasted: u64,
+}
+
+impl<'a> Directory<'a> {
+    /// An empty directory: `entries`, one a slot; `of_piece`, one for each of `pieces` pieces of each unit; `units`, one
+    /// a unit. The model has `layers` layers.
+    pub fn new(
+        entries: &'a mut [Entry],
+        of_piece: &'a mut [u32],
+        units: &'a mut [UnitUse],
+        pieces: usize,
+        layers: usize,
+        policy: Eviction,
+    ) -> Self {
+        entries.fill(Entry::default());
+        of_piece.fill(NONE);
+        units.fill(UnitUse::default());
+        Self {
+            entries,
+            of_piece,
+            units,
+            pieces: pieces.max(1) as u32,
+            layers: layers.clamp(1, usize::from(u16::MAX)) as u16,
+            policy,
+            clock: 0,
+            token: 0,
+            left: 0,
+            wasted: 0,
+        }
+    }
+
+    /// Pieces of a unit.
+    pub fn pieces(&self) -> u32 {
+        self.pieces
+    }
+
+    /// Pieces that were read ahead and gave way unused.
+    pub fn wasted(&self) -> u64 {
+        self.wasted
+    }
+
+    /// The slot of a piece that is in the pool or on its way.
+    pub fn slot(&self, piece: u32) -> Option<usize> {
+        self.of_piece.get(piece as usize).copied().filter(|slot| *slot != NONE).map(|slot| slot as usize)
+    }
+
+    /// Where a piece is.
+    pub fn residency(&self, piece: u32) -> Residency {
+        match self.slot(piece).map(|slot| self.entries[slot].ready) {
+            Some(true) => Residency::Resident,
+            Some(false) => Residency::InFlight,
+            None => Residency::Absent,
+        }
+    }
+
+    /// How many of a unit's first pieces are resident, and how many are resident or on their way.
+    pub fn held(&self, unit: u32) -> (u8, u8) {
+        let first = unit * self.pieces;
+        let leading = |good: &dyn Fn(Residency) -> bool| {
+            (first..first + self.pieces).take_while(|piece| good(self.residency(*piece))).count() as u8
+        };
+        (leading(&|r| r == Residency::Resident), leading(&|r| r != Residency::Absent))
+    }
+
+    /// A token, or a batch of them, begins.
+    pub fn begin_token(&mut self) {
+        self.token = self.token.saturating_add(1);
+    }
+
+    /// A unit's first `used` pieces are used; `full` if that is its full precision.
+    pub fn touch(&mut self, unit: u32, used: u32, full: bool) {
+        self.clock += 1;
+        for piece in unit * self.pieces..unit * self.pieces + used.min(self.pieces) {
+            if let Some(slot) = self.slot(piece) {
+                let entry = &mut self.entries[slot];
+                entry.unused = false;
+                entry.uses = (entry.uses + 1).min(S3_MOST);
+                if self.policy != Eviction::S3Fifo {
+                    entry.stamp = self.clock;
+                }
+            }
+        }
+        if let Some(unit) = self.units.get_mut(unit as usize) {
+            unit.last = self.token;
+            unit.uses = unit.uses.saturating_add(1);
+            unit.full = unit.full.saturating_add(full.into());
+        }
+    }
+
+    /// A resident piece never gives way from now on. `false` if it is not resident.
+    pub fn pin(&mut self, piece: u32) -> bool {
+        let slot = self.slot(piece).filter(|slot| self.entries[*slot].ready);
+        if let Some(slot) = slot {
+            self.entries[slot].pinned = true;
+        }
+        slot.is_some()
+    }
+
+    /// A slot to read `claim.piece` into: a free one, or that of a piece which gives way; `None` if there is neither.
+    ///
+    /// Pieces of units for which `keep(layer, unit)` is true stay. `next_use(layer)` says in how many layers the units of
+    /// a dense layer are used again; `None` for layers whose use is not certain.
+    pub fn claim(
+        &mut self,
+        claim: Claim,
+        keep: impl Fn(u16, u32) -> bool,
+        next_use: impl Fn(u16) -> Option<usize>,
+    ) -> Option<usize> {
+        let slot = match self.entries.iter().position(|entry| entry.piece == NONE) {
+            Some(free) => free,
+            None => self.victim(claim.present, keep, next_use)?,
+        };
+        let unit = (claim.piece / self.pieces) as usize;
+        self.evict(slot);
+        self.clock += 1;
+        let remembered = self.units.get(unit).is_some_and(|unit| {
+            // The ghost queue is as long as the main one.
+            unit.left != 0 && ((self.left - unit.left) as usize) < self.entries.len()
+        });
+        *self.of_piece.get_mut(claim.piece as usize)? = slot as u32;
+        self.entries[slot] = Entry {
+            piece: claim.piece,
+            layer: claim.layer,
+            main: remembered,
+            unused: claim.ahead,
+            stamp: self.clock,
+            ..Entry::default()
+        };
+        Some(slot)
+    }
+
+    fn evict(&mut self, slot: usize) {
+        let entry = self.entries[slot];
+        if entry.piece == NONE {
+            return;
+        }
+        self.of_piece[entry.piece as usize] = NONE;
+        self.wasted += u64::from(entry.unused);
+        if self.policy == Eviction::S3Fifo && !entry.main {
+            self.left = self.left.saturating_add(1);
+            self.units[(entry.piece / self.pieces) as usize].left = self.left;
+        }
+        self.entries[slot] = Entry::default();
+    }
+
+    fn victim(
+        &mut self,
+        present: u16,
+        keep: impl Fn(u16, u32) -> bool,
+        next_use: impl Fn(u16) -> Option<usize>,
+    ) -> Option<usize> {
+        let may_go = |directory: &Self, entry: &Entry| {
+            let (unit, piece) = (entry.piece / directory.pieces, entry.piece % directory.pieces);
+            let stood_on = piece + 1 < directory.pieces && directory.slot(entry.piece + 1).is_some();
+            entry.ready && !entry.pinned && !stood_on && !keep(entry.layer, unit)
+        };
+        if self.policy == Eviction::S3Fifo
+            && let Some(slot) = self.s3_victim(|d, entry| next_use(entry.layer).is_none() && may_go(d, entry))
+        {
+            return Some(slot);
+        }
+        let mut worst: Option<(usize, (usize, f64))> = None;
+        for (slot, entry) in self.entries.iter().enumerate().filter(|(_, entry)| may_go(self, entry)) {
+            let expendable = match next_use(entry.layer) {
+                None => (usize::MAX, -self.worth(entry, present)),
+                Some(layers) => (layers, entry.stamp as f64),
+            };
+            if worst.is_none_or(|(_, worst)| expendable > worst) {
+                worst = Some((slot, expendable));
+            }
+        }
+        worst.map(|(slot, _)| slot)
+    }
+
+    /// What an expert's piece is worth under the policy.
+    fn worth(&self, entry: &Entry, present: u16) -> f64 {
+        let (unit, piece) = (entry.piece / self.pieces, entry.piece % self.pieces);
+        let known = self.units[unit as usize];
+        // A higher piece serves uses in full precision only.
+        let uses = if piece == 0 { known.uses } else { known.full };
+        let (layers, now) = (f64::from(self.layers), f64::from(self.token.max(1)));
+        let ahead = f64::from((entry.layer + self.layers - present % self.layers) % self.layers);
+        // Less than the least step of a count, so it decides only between equals.
+        let recent = entry.stamp as f64 / (self.clock + 1) as f64;
+        match self.policy {
+            Eviction::Lru | Eviction::S3Fifo => entry.stamp as f64,
+            Eviction::Lfu => f64::from(uses) + recent,
+            Eviction::Hobbit(w) => {
+                f64::from(w.lru) * f64::from(known.last) / now
+                    + f64::from(w.lfu) * f64::from(uses) / now
+                    + f64::from(w.lhu) * f64::from(known.full) / now
+                    + f64::from(w.fld) * (1.0 - ahead / layers)
+            }
+            Eviction::Apex => {
+                // A use in full precision costs all pieces to bring back, one in low precision a share of them.
+                let low = f64::from(known.uses - known.full) / f64::from(self.pieces);
+                let previous = known.last + 1 >= self.token;
+                (f64::from(known.full) + low) / (ahead + 1.0) + if previous { now } else { 0.0 } + recent / now
+            }
+        }
+    }
+
+    /// S3-FIFO: pieces used in the small queue move to the main one, those used in the main one go round again.
+    fn s3_victim(&mut self, may_go: impl Fn(&Self, &Entry) -> bool) -> Option<usize> {
+        let small = self.entries.iter().filter(|e| e.piece != NONE && !e.main).count();
+        let prefer_small = small * S3_SMALL >= self.entries.len();
+        for main in [!prefer_small, prefer_small] {
+            // Each turn moves an entry on or uses up one of at most three uses: the bound is never reached.
+            for _ in 0..self.entries.len() * (usize::from(S3_MOST) + 2) {
+                let oldest = self.entries.iter().enumerate().filter(|(_, e)| e.main == main && may_go(self, e));
+                let Some((slot, _)) = oldest.min_by_key(|(_, e)| e.stamp) else { break };
+                let entry = &mut self.entries[slot];
+                if entry.uses == 0 || (!main && entry.uses == 1) {
+                    return Some(slot);
+                }
+                self.clock += 1;
+                entry.stamp = self.clock;
+                entry.uses = if main { entry.uses - 1 } else { 0 };
+                entry.main = true;
+            }
+        }
+        None
+    }
+
+    /// A read has finished: the piece is resident if `good`, else its slot is free again. Returns the slot, or `None` if
+    /// no read of the piece was under way.
+    pub fn settle(&mut self, piece: u32, good: bool) -> Option<usize> {
+        let slot = self.slot(piece).filter(|slot| !self.entries[*slot].ready)?;
+        if good {
+            self.entries[slot].ready = true;
+        } else {
+            self.of_piece[piece as usize] = NONE;
+            self.entries[slot] = Entry::default();
+        }
+        Some(slot)
+    }
+}
