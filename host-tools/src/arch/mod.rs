@@ -7,7 +7,7 @@ pub mod rope;
 mod table;
 
 use anyhow::{Result, bail, ensure};
-use forebay_runtime::model::record::Role;
+use forebay_runtime::model::record::{Role, Router};
 
 use crate::source::{Fields, Key, Source};
 use rope::Rope;
@@ -35,6 +35,17 @@ impl Presence {
     }
 }
 
+/// RMSNorm of queries and keys before the rotation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum QkNorm {
+    /// There is none.
+    None,
+    /// Each head by itself.
+    Head,
+    /// All heads of a token together.
+    Whole,
+}
+
 /// Grouped-query attention of one layer.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Attention {
@@ -52,8 +63,8 @@ pub struct Attention {
     pub qkv_bias: Presence,
     /// Bias of the output projection.
     pub out_bias: Presence,
-    /// Whether queries and keys have an RMSNorm a head.
-    pub qk_norm: bool,
+    /// RMSNorm of queries and keys.
+    pub qk_norm: QkNorm,
 }
 
 /// What mixes positions in a layer.
@@ -80,8 +91,10 @@ pub enum FeedForward {
         /// Biases of the three projections.
         bias: Presence,
     },
-    /// Experts, each a SwiGLU, chosen by a router with sigmoid scores.
+    /// Experts, each a SwiGLU, chosen by a router.
     Experts {
+        /// How.
+        router: Router,
         /// Number of experts.
         count: u32,
         /// Experts a token.
@@ -176,6 +189,8 @@ pub struct Architecture {
     pub hf: &'static [&'static str],
     /// `general.architecture`s.
     pub gguf: &'static [&'static str],
+    /// Whether a GGUF file of this name with experts is meant, where several families share the name.
+    pub experts: bool,
     /// Names of tensors.
     pub names: &'static [&'static [Name]],
     /// Whether GGUF files hold the rows of the query and key projections in the order of interleaved rotation.
@@ -194,8 +209,11 @@ impl Architecture {
     pub fn of(source: &Source) -> Result<&'static Self> {
         let name = source.fields.architecture();
         let names = |a: &Self| if source.is_gguf() { a.gguf } else { a.hf };
-        if let Some(found) = ARCHITECTURES.iter().find(|a| names(a).contains(&name)) {
-            return Ok(found);
+        let experts = source.fields.get(table::EXPERTS).and_then(serde_json::Value::as_u64).is_some_and(|n| n > 0);
+        let mut named = ARCHITECTURES.iter().filter(|a| names(a).contains(&name));
+        if let Some(first) = named.next() {
+            let meant = core::iter::once(first).chain(named).find(|a| a.experts == experts);
+            return Ok(meant.unwrap_or(first));
         }
         let known: Vec<&str> = ARCHITECTURES.iter().flat_map(names).copied().collect();
         let field = if source.is_gguf() { "general.architecture" } else { "config.json: model_type" };
@@ -337,6 +355,6 @@ fn attention(f: &Fields, common: Common, kv_heads: u32) -> Result<Attention> {
         scale: (1.0 / f64::from(head_dim).sqrt()) as f32,
         qkv_bias: Presence::Absent,
         out_bias: Presence::Absent,
-        qk_norm: false,
+        qk_norm: QkNorm::None,
     })
 }

@@ -1,10 +1,11 @@
 //! The families that can be converted.
 
 use anyhow::{Result, ensure};
-use forebay_runtime::model::record::Role;
+use forebay_runtime::model::record::{Role, Router};
 
 use super::{
-    Architecture, Attention, Common, FeedForward, HEADS, KV_HEADS, Layer, Mixer, Name, Presence, Slot, WIDTH, attention,
+    Architecture, Attention, Common, FeedForward, HEADS, KV_HEADS, Layer, Mixer, Name, Presence, QkNorm, Slot, WIDTH,
+    attention,
 };
 use crate::source::{Fields, Key};
 
@@ -72,12 +73,34 @@ const LFM2_MOE: &[Name] = &[
     unit(Slot::ExpertDown, "model.layers.{l}.feed_forward.experts.{e}.w2.weight", "blk.{l}.ffn_down_exps.weight"),
 ];
 
+/// RMSNorms of queries and keys, as transformers' newer families call them.
+const QK_NORM: &[Name] = &[
+    resident(Role::QueryNorm, "model.layers.{l}.self_attn.q_norm.weight", "blk.{l}.attn_q_norm.weight"),
+    resident(Role::KeyNorm, "model.layers.{l}.self_attn.k_norm.weight", "blk.{l}.attn_k_norm.weight"),
+];
+
+const MIXTRAL: &[Name] = &[
+    resident(Role::RouterGate, "model.layers.{l}.block_sparse_moe.gate.weight", "blk.{l}.ffn_gate_inp.weight"),
+    unit(Slot::ExpertGate, "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight", "blk.{l}.ffn_gate_exps.weight"),
+    unit(Slot::ExpertUp, "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight", "blk.{l}.ffn_up_exps.weight"),
+    unit(Slot::ExpertDown, "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight", "blk.{l}.ffn_down_exps.weight"),
+];
+
+/// Experts as OLMoE and Qwen3-MoE call them.
+const MLP_EXPERTS: &[Name] = &[
+    resident(Role::RouterGate, "model.layers.{l}.mlp.gate.weight", "blk.{l}.ffn_gate_inp.weight"),
+    unit(Slot::ExpertGate, "model.layers.{l}.mlp.experts.{e}.gate_proj.weight", "blk.{l}.ffn_gate_exps.weight"),
+    unit(Slot::ExpertUp, "model.layers.{l}.mlp.experts.{e}.up_proj.weight", "blk.{l}.ffn_up_exps.weight"),
+    unit(Slot::ExpertDown, "model.layers.{l}.mlp.experts.{e}.down_proj.weight", "blk.{l}.ffn_down_exps.weight"),
+];
+
 /// Every family.
 pub const ARCHITECTURES: &[Architecture] = &[
     Architecture {
         family: "llama",
         hf: &["llama"],
         gguf: &["llama"],
+        experts: false,
         names: &[EMBEDDING, ATTENTION, LLAMA],
         gguf_interleaved: true,
         read: llama,
@@ -87,6 +110,7 @@ pub const ARCHITECTURES: &[Architecture] = &[
         family: "lfm2",
         hf: &["lfm2"],
         gguf: &["lfm2"],
+        experts: false,
         names: &[EMBEDDING, ATTENTION, LFM2],
         gguf_interleaved: false,
         read: lfm2,
@@ -96,16 +120,48 @@ pub const ARCHITECTURES: &[Architecture] = &[
         family: "lfm2_moe",
         hf: &["lfm2_moe"],
         gguf: &["lfm2moe"],
+        experts: true,
         names: &[EMBEDDING, ATTENTION, LFM2, LFM2_MOE],
         gguf_interleaved: false,
         read: lfm2_moe,
         rope_theta: 1_000_000.0,
     },
+    Architecture {
+        family: "mixtral",
+        hf: &["mixtral"],
+        // llama.cpp has no architecture of its own for Mixtral: it is a llama with experts.
+        gguf: &["llama"],
+        experts: true,
+        names: &[EMBEDDING, ATTENTION, LLAMA, MIXTRAL],
+        gguf_interleaved: true,
+        read: mixtral,
+        rope_theta: 1_000_000.0,
+    },
+    Architecture {
+        family: "olmoe",
+        hf: &["olmoe"],
+        gguf: &["olmoe"],
+        experts: true,
+        names: &[EMBEDDING, ATTENTION, LLAMA, QK_NORM, MLP_EXPERTS],
+        gguf_interleaved: false,
+        read: olmoe,
+        rope_theta: 10_000.0,
+    },
+    Architecture {
+        family: "qwen3_moe",
+        hf: &["qwen3_moe"],
+        gguf: &["qwen3moe"],
+        experts: true,
+        names: &[EMBEDDING, ATTENTION, LLAMA, QK_NORM, MLP_EXPERTS],
+        gguf_interleaved: false,
+        read: qwen3_moe,
+        rope_theta: 10_000.0,
+    },
 ];
 
 const ATTENTION_BIAS: Key = Key { hf: &["attention_bias"], gguf: "" };
 const MLP_BIAS: Key = Key { hf: &["mlp_bias"], gguf: "" };
-const EXPERTS: Key = Key { hf: &["num_experts", "num_local_experts"], gguf: ".expert_count" };
+pub(super) const EXPERTS: Key = Key { hf: &["num_experts", "num_local_experts"], gguf: ".expert_count" };
 const EXPERTS_USED: Key = Key { hf: &["num_experts_per_tok"], gguf: ".expert_used_count" };
 const EXPERT_WIDTH: Key = Key { hf: &["moe_intermediate_size"], gguf: ".expert_feed_forward_length" };
 const DENSE_LAYERS: Key = Key { hf: &["num_dense_layers"], gguf: ".leading_dense_block_count" };
@@ -113,6 +169,9 @@ const NORM_TOPK: Key = Key { hf: &["norm_topk_prob"], gguf: ".expert_weights_nor
 const EXPERT_BIAS: Key = Key { hf: &["use_expert_bias"], gguf: "" };
 const EXPERT_SCALE: Key = Key { hf: &["routed_scaling_factor"], gguf: ".expert_weights_scale" };
 const GATING: Key = Key { hf: &[], gguf: ".expert_gating_func" };
+const CLIP_QKV: Key = Key { hf: &["clip_qkv"], gguf: ".attention.clamp_kqv" };
+const SPARSE_STEP: Key = Key { hf: &["decoder_sparse_step"], gguf: "" };
+const DENSE_ONLY: Key = Key { hf: &["mlp_only_layers"], gguf: "" };
 const TAPS: Key = Key { hf: &["conv_L_cache"], gguf: ".shortconv.l_cache" };
 const CONV_BIAS: Key = Key { hf: &["conv_bias"], gguf: "" };
 const LAYER_TYPES: Key = Key { hf: &["layer_types"], gguf: "" };
@@ -174,6 +233,7 @@ fn lfm2_moe(f: &Fields, common: Common) -> Result<Vec<Layer>> {
     let (count, top_k) = (f.count(EXPERTS)?, f.count(EXPERTS_USED)?);
     ensure!(top_k <= count, "{}", f.wrong(EXPERTS_USED, &format!("at most the {count} experts")));
     let experts = FeedForward::Experts {
+        router: Router::Sigmoid,
         count,
         top_k,
         width: f.count(EXPERT_WIDTH)?,
@@ -185,6 +245,69 @@ fn lfm2_moe(f: &Fields, common: Common) -> Result<Vec<Layer>> {
     let dense = FeedForward::Dense { width: f.count(WIDTH)?, bias: Presence::Absent };
     let layers = mixers.into_iter().enumerate().map(|(l, mixer)| {
         let feed_forward = if (l as u64) < dense_layers { &dense } else { &experts };
+        Layer { mixer, feed_forward: feed_forward.clone() }
+    });
+    Ok(layers.collect())
+}
+
+/// Attention as in Llama for every layer, with a norm of queries and keys.
+fn normed_attention(f: &Fields, common: Common, qk_norm: QkNorm) -> Result<Vec<Mixer>> {
+    let kv_heads = f.per_layer(KV_HEADS, common.layers)?.unwrap_or_else(|| vec![common.heads; common.layers]);
+    let bias = Presence::from_flag(f, ATTENTION_BIAS, false)?;
+    let mixer = |n| Ok(Attention { qkv_bias: bias, out_bias: bias, qk_norm, ..attention(f, common, n)? });
+    kv_heads.into_iter().map(|n| mixer(n).map(Mixer::Attention)).collect()
+}
+
+/// Experts behind a softmax over all of them.
+fn softmax_experts(f: &Fields, width: u32, normalise: bool) -> Result<FeedForward> {
+    if let Some(function) = f.maybe_count(GATING)? {
+        ensure!(function == 1, "{}", f.wrong(GATING, "1 (softmax)"));
+    }
+    let (count, top_k) = (f.count(EXPERTS)?, f.count(EXPERTS_USED)?);
+    ensure!(top_k <= count, "{}", f.wrong(EXPERTS_USED, &format!("at most the {count} experts")));
+    Ok(FeedForward::Experts {
+        router: Router::Softmax,
+        count,
+        top_k,
+        width,
+        bias: Presence::Absent,
+        normalise,
+        norm_eps: 0.0,
+        scale: f.maybe_number(EXPERT_SCALE)?.unwrap_or(1.0) as f32,
+    })
+}
+
+fn mixtral(f: &Fields, common: Common) -> Result<Vec<Layer>> {
+    let experts = softmax_experts(f, f.count(WIDTH)?, true)?;
+    let mixers = normed_attention(f, common, QkNorm::None)?;
+    Ok(mixers.into_iter().map(|mixer| Layer { mixer, feed_forward: experts.clone() }).collect())
+}
+
+fn olmoe(f: &Fields, common: Common) -> Result<Vec<Layer>> {
+    if f.maybe_number(CLIP_QKV)?.is_some_and(|clip| clip != 0.0) {
+        return Err(f.wrong(CLIP_QKV, "none: queries, keys and values are not clipped"));
+    }
+    let experts = softmax_experts(f, f.count(WIDTH)?, f.flag(NORM_TOPK, false)?)?;
+    let mixers = normed_attention(f, common, QkNorm::Whole)?;
+    Ok(mixers.into_iter().map(|mixer| Layer { mixer, feed_forward: experts.clone() }).collect())
+}
+
+fn qwen3_moe(f: &Fields, common: Common) -> Result<Vec<Layer>> {
+    // GGUF has no such key: llama.cpp always normalises here.
+    let experts = softmax_experts(f, f.count(EXPERT_WIDTH)?, f.flag(NORM_TOPK, f.is_gguf())?)?;
+    let step = f.maybe_count(SPARSE_STEP)?.unwrap_or(1) as usize;
+    let dense_only = f.get(DENSE_ONLY).and_then(serde_json::Value::as_array);
+    let is_dense = |l: usize| {
+        (l + 1) % step != 0 || dense_only.is_some_and(|list| list.iter().any(|n| n.as_u64() == Some(l as u64)))
+    };
+    let dense = if (0..common.layers).any(is_dense) {
+        Some(FeedForward::Dense { width: f.count(WIDTH)?, bias: Presence::Absent })
+    } else {
+        None
+    };
+    let mixers = normed_attention(f, common, QkNorm::Head)?;
+    let layers = mixers.into_iter().enumerate().map(|(l, mixer)| {
+        let feed_forward = dense.as_ref().filter(|_| is_dense(l)).unwrap_or(&experts);
         Layer { mixer, feed_forward: feed_forward.clone() }
     });
     Ok(layers.collect())
@@ -226,7 +349,7 @@ fn lfm2_mixers(f: &Fields, common: Common) -> Result<Vec<Mixer>> {
         .into_iter()
         .map(|n| match n {
             0 => Ok(conv.clone()),
-            n => Ok(Mixer::Attention(Attention { qk_norm: true, ..attention(f, common, n)? })),
+            n => Ok(Mixer::Attention(Attention { qk_norm: QkNorm::Head, ..attention(f, common, n)? })),
         })
         .collect()
 }

@@ -4,6 +4,7 @@ mod bench;
 mod boards;
 mod chat;
 mod convert;
+mod flash_profile;
 mod image;
 mod inspect;
 mod kernels;
@@ -11,6 +12,7 @@ mod logits;
 mod perplexity;
 mod policy;
 mod run;
+mod synth;
 mod tokenize;
 
 use std::path::{Path, PathBuf};
@@ -58,6 +60,10 @@ enum Command {
     Perplexity(perplexity::PerplexityArgs),
     /// Show what is in an image, and how the arena would be split.
     Inspect(inspect::InspectArgs),
+    /// Measure how fast a device reads.
+    FlashProfile(flash_profile::FlashProfileArgs),
+    /// Make a model of random weights with the shapes of a known one.
+    Synth(synth::SynthArgs),
     /// Show the tokens of a text.
     Tokenize(tokenize::TokenizeArgs),
     /// Make the file that a board boots from or reads, and show its plan of RAM.
@@ -86,6 +92,8 @@ pub fn main() -> Result<()> {
         Command::Logits(args) => logits::main(&args),
         Command::Perplexity(args) => perplexity::main(&args),
         Command::Inspect(args) => inspect::main(&args),
+        Command::FlashProfile(args) => flash_profile::main(&args),
+        Command::Synth(args) => synth::main(&args),
         Command::Tokenize(args) => tokenize::main(&args),
         Command::Image(args) => image::main(&args),
         Command::Boards(args) => boards::main(&args),
@@ -166,8 +174,9 @@ struct MachineArgs {
     /// Where the image is read from
     #[arg(long, value_enum, default_value = "auto")]
     store: StoreKind,
-    /// Read no faster than this device: a name such as pi4-sd, or bw=400MB/s,lat=120us,iops=20k,qd=8
-    #[arg(long, value_name = "NAME|LIST", value_parser = device)]
+    /// Read no faster than this device: a name such as pi4-sd, bw=400MB/s,lat=120us,iops=20k,qd=8, or a file that
+    /// `forebay flash-profile -o` wrote (its name ends in .json)
+    #[arg(long, value_name = "NAME|LIST|FILE", value_parser = device)]
     device: Option<DeviceProfile>,
     #[command(flatten)]
     policy: policy::PolicyArgs,
@@ -239,6 +248,10 @@ fn positive(text: &str) -> Result<usize, String> {
 }
 
 fn device(text: &str) -> Result<DeviceProfile, String> {
+    if text.ends_with(".json") {
+        let measured = forebay::profile::Measured::load(Path::new(text)).map_err(|error| format!("{error:#}"))?;
+        return measured.device.profile().map_err(|error| format!("{error:#}"));
+    }
     text.parse().map_err(|error| {
         let names: Vec<_> = DeviceProfile::names().collect();
         format!("{error}; devices: {}", names.join(", "))

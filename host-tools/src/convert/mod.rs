@@ -214,29 +214,42 @@ pub fn convert(
     options: &ConvertOptions,
     progress: &mut dyn Progress,
 ) -> Result<ConvertReport> {
+    convert_source(&Source::open(model)?, image, options, progress)
+}
+
+/// Converts an opened source; see [`convert`].
+///
+/// # Errors
+/// As [`convert`].
+pub fn convert_source(
+    source: &Source,
+    image: &Path,
+    options: &ConvertOptions,
+    progress: &mut dyn Progress,
+) -> Result<ConvertReport> {
+    let model = &source.path;
     ensure!(
         options.page.is_power_of_two() && (MIN_PAGE..=MAX_PAGE).contains(&options.page),
         "a page of {} bytes, expected a power of two from {MIN_PAGE} to {MAX_PAGE}",
         options.page
     );
     ensure!(options.unit_width != Some(0), "units of 0 neurons, expected at least 1");
-    let source = Source::open(model)?;
-    let architecture = Architecture::of(&source).with_context(|| model.display().to_string())?;
-    let description = arch::describe(&source, architecture).with_context(|| model.display().to_string())?;
-    let mut plan = plan::plan(&source, architecture, &description, options)?;
-    let sampling = sampling(&source)?;
+    let architecture = Architecture::of(source).with_context(|| model.display().to_string())?;
+    let description = arch::describe(source, architecture).with_context(|| model.display().to_string())?;
+    let mut plan = plan::plan(source, architecture, &description, options)?;
+    let sampling = sampling(source)?;
     let mut notices = core::mem::take(&mut plan.notices);
-    let tokenizer = tokenizer(&source, &mut notices).with_context(|| model.display().to_string())?;
-    let chat_template = chat_template(&source)?;
+    let tokenizer = tokenizer(source, &mut notices).with_context(|| model.display().to_string())?;
+    let chat_template = chat_template(source)?;
     for notice in &notices {
         progress.message(notice);
     }
 
     let name = options.name.clone().unwrap_or_else(|| source.name.clone());
-    let metadata = metadata(&source, &name, &plan.label, options);
+    let metadata = metadata(source, &name, &plan.label, options);
     let records = records(&description, &plan, &sampling, &name);
     let sections = writer::Sections { tokenizer, chat_template: chat_template.map(String::into_bytes), metadata };
-    let written = writer::write(&source, &plan, records, &sections, image, options, progress)
+    let written = writer::write(source, &plan, records, &sections, image, options, progress)
         .with_context(|| format!("writing {}", image.display()))?;
     Ok(ConvertReport {
         name,
@@ -310,8 +323,8 @@ fn records(model: &Model, plan: &plan::Plan<'_>, sampling: &Sampling, name: &str
                 record.top_k = count.into();
                 record.router_scale = 1.0.into();
             }
-            FeedForward::Experts { top_k, normalise, norm_eps, scale, .. } => {
-                record.router = Router::Sigmoid as u8;
+            FeedForward::Experts { top_k, router, normalise, norm_eps, scale, .. } => {
+                record.router = *router as u8;
                 record.router_flags = if *normalise { ROUTER_NORMALISE } else { 0 };
                 record.top_k = (*top_k as u16).into();
                 record.router_norm_eps = (*norm_eps).into();

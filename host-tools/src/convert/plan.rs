@@ -9,7 +9,7 @@ use forebay_runtime::model::unit::UnitShape;
 
 use super::encode::{View, deinterleave};
 use super::{ConvertOptions, WeightChoice};
-use crate::arch::{Architecture, FeedForward, Layer, Mixer, Model, Presence, Slot};
+use crate::arch::{Architecture, FeedForward, Layer, Mixer, Model, Presence, QkNorm, Slot};
 use crate::quantize::{Grid, quantise_group};
 use crate::source::{DType, Source, SourceTensor};
 
@@ -236,8 +236,9 @@ pub(super) fn plan<'a>(
 
     let mut residents = global(&mut binder, model, &chooser)?;
     let mut units = Vec::new();
+    let expert_width = parts.iter().find(|part| part.experts.is_some()).map(|part| part.width);
     for (l, part) in (0u16..).zip(parts) {
-        let (layer_residents, layer_units) = part.finish(source, l, model.hidden, &chooser, options)?;
+        let (layer_residents, layer_units) = part.finish(source, l, model.hidden, &chooser, options, expert_width)?;
         residents.extend(layer_residents);
         units.push(layer_units);
     }
@@ -303,7 +304,11 @@ impl<'a> Parts<'a> {
             Mixer::Attention(a) => {
                 head_dim = a.head_dim;
                 let (q, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
-                let norm = if a.qk_norm { Required } else { Presence::Absent };
+                let (norm, q_norm, k_norm) = match a.qk_norm {
+                    QkNorm::None => (Presence::Absent, 0, 0),
+                    QkNorm::Head => (Required, a.head_dim, a.head_dim),
+                    QkNorm::Whole => (Required, q, kv),
+                };
                 wanted.extend([
                     (Role::Query, q, hidden, Required, true),
                     (Role::Key, kv, hidden, Required, true),
@@ -313,8 +318,8 @@ impl<'a> Parts<'a> {
                     (Role::KeyBias, 1, kv, a.qkv_bias, false),
                     (Role::ValueBias, 1, kv, a.qkv_bias, false),
                     (Role::AttentionOutBias, 1, hidden, a.out_bias, false),
-                    (Role::QueryNorm, 1, a.head_dim, norm, false),
-                    (Role::KeyNorm, 1, a.head_dim, norm, false),
+                    (Role::QueryNorm, 1, q_norm, norm, false),
+                    (Role::KeyNorm, 1, k_norm, norm, false),
                 ]);
             }
             Mixer::ShortConv { taps, bias } => wanted.extend([
@@ -379,6 +384,7 @@ impl<'a> Parts<'a> {
         hidden: u32,
         chooser: &Chooser,
         options: &ConvertOptions,
+        expert_width: Option<u32>,
     ) -> Result<(Vec<Resident<'a>>, Units<'a>)> {
         let mut residents = Vec::new();
         for (role, view, quantised) in self.matrices {
@@ -396,9 +402,8 @@ impl<'a> Parts<'a> {
         let (unit_width, views) = match (self.experts, self.dense) {
             (Some(experts), _) => (self.width, experts),
             (None, Some(dense)) => {
-                let width = options
-                    .unit_width
-                    .map_or_else(|| default_width(source, &dense, self.width, hidden, chooser), Ok)?;
+                let default = || default_width(source, &dense, self.width, hidden, chooser, expert_width);
+                let width = options.unit_width.map_or_else(default, Ok)?;
                 (width, clusters(&dense, self.width, width))
             }
             (None, None) => bail!("layer {layer} has no feed-forward"),
@@ -451,7 +456,17 @@ fn deinterleaved_vector(source: &Source, view: &View<'_>, dim: u32) -> Result<Ve
 
 /// The width of a dense layer's clusters: a power of two times 32 such that a unit has at most [`UNIT_BYTES`],
 /// the layer at least [`CLUSTERS`] clusters, and at most as many as an engine accepts.
-fn default_width(source: &Source, dense: &[View<'_>; 3], width: u32, hidden: u32, chooser: &Chooser) -> Result<u32> {
+///
+/// Beside experts that are larger than that, clusters are as wide as an expert: the pool's slots are as large as the
+/// largest unit, so smaller clusters would only waste them.
+fn default_width(
+    source: &Source,
+    dense: &[View<'_>; 3],
+    width: u32,
+    hidden: u32,
+    chooser: &Chooser,
+    expert_width: Option<u32>,
+) -> Result<u32> {
     let mut least = NARROWEST;
     let mut encodings = Vec::new();
     for view in dense {
@@ -465,6 +480,9 @@ fn default_width(source: &Source, dense: &[View<'_>; 3], width: u32, hidden: u32
         let shape = |rows, cols, encoding| MatrixShape { rows, cols, encoding }.bytes();
         shape(w, hidden, encodings[0]) + shape(w, hidden, encodings[1]) + shape(hidden, w, encodings[2])
     };
+    if let Some(expert) = expert_width.filter(|&expert| bytes(expert) > UNIT_BYTES && width.is_multiple_of(expert)) {
+        return Ok(expert);
+    }
     let mut best = least;
     while bytes(best * 2) <= UNIT_BYTES && width.div_ceil(best * 2) >= CLUSTERS {
         best *= 2;

@@ -5,6 +5,7 @@ mod fields;
 mod safetensors;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -58,6 +59,19 @@ pub enum Format {
     Gguf(Box<Gguf>),
 }
 
+/// Makes the tensors of a source that has no file.
+pub trait Maker: fmt::Debug + Send + Sync {
+    /// Fills `out` with row `row` of tensor `name` as GGUF stores it. Only names and rows of the header are asked for.
+    fn row(&self, name: &str, row: u64, out: &mut [u8]);
+}
+
+/// Where the bytes of tensors come from.
+#[derive(Debug)]
+enum Data {
+    Files(Vec<(PathBuf, File)>),
+    Made(Box<dyn Maker>),
+}
+
 /// A model to convert.
 #[derive(Debug)]
 pub struct Source {
@@ -71,7 +85,7 @@ pub struct Source {
     pub fields: Fields,
     /// Tensors by name.
     pub tensors: BTreeMap<String, SourceTensor>,
-    files: Vec<(PathBuf, File)>,
+    data: Data,
 }
 
 impl Source {
@@ -108,12 +122,24 @@ impl Source {
         }
         let full = path.canonicalize().with_context(|| format!("opening {}", path.display()))?;
         let name = full.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
-        Ok(Self { format: Format::HuggingFace, path: path.into(), name, fields, tensors, files })
+        Ok(Self { format: Format::HuggingFace, path: path.into(), name, fields, tensors, data: Data::Files(files) })
     }
 
     fn open_gguf(path: &Path) -> Result<Self> {
         let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
         let header = gguf::parse(&file).with_context(|| format!("reading {}", path.display()))?;
+        Self::from_header(path, header, Data::Files(vec![(path.into(), file)]))
+    }
+
+    /// A model of this header whose tensors `maker` makes; `path` is what it is called in messages.
+    ///
+    /// # Errors
+    /// The header has no architecture.
+    pub fn made(path: &Path, header: Gguf, maker: Box<dyn Maker>) -> Result<Self> {
+        Self::from_header(path, header, Data::Made(maker))
+    }
+
+    fn from_header(path: &Path, header: Gguf, data: Data) -> Result<Self> {
         let fields = Fields::from_gguf(&header)?;
         let mut tensors = BTreeMap::new();
         for t in &header.tensors {
@@ -134,14 +160,7 @@ impl Source {
             Some(gguf::Value::Text(name)) if !name.trim().is_empty() => name.trim().into(),
             _ => stem,
         };
-        Ok(Self {
-            format: Format::Gguf(Box::new(header)),
-            path: path.into(),
-            name,
-            fields,
-            tensors,
-            files: vec![(path.into(), file)],
-        })
+        Ok(Self { format: Format::Gguf(Box::new(header)), path: path.into(), name, fields, tensors, data })
     }
 
     /// Whether the source is a GGUF file.
@@ -151,7 +170,10 @@ impl Source {
 
     /// The file that holds `tensor`, for messages.
     pub fn file_name(&self, tensor: &SourceTensor) -> String {
-        let path = &self.files[tensor.file].0;
+        let path = match &self.data {
+            Data::Files(files) => &files[tensor.file].0,
+            Data::Made(_) => &self.path,
+        };
         path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
     }
 
@@ -198,10 +220,21 @@ impl Source {
             tensor.cols()
         );
         let bytes = dtype.bytes() as u64;
-        let start = tensor.offset + row * tensor.row_bytes(dtype) + cols.start / block * bytes;
-        let len = (cols.end - cols.start).div_ceil(block) * bytes;
-        out.resize(usize::try_from(len)?, 0);
-        let (path, file) = &self.files[tensor.file];
+        let skip = cols.start / block * bytes;
+        let len = usize::try_from((cols.end - cols.start).div_ceil(block) * bytes)?;
+        let files = match &self.data {
+            Data::Files(files) => files,
+            Data::Made(maker) => {
+                out.resize(usize::try_from(tensor.row_bytes(dtype))?, 0);
+                maker.row(&tensor.name, row, out);
+                out.copy_within(skip as usize..skip as usize + len, 0);
+                out.truncate(len);
+                return Ok(());
+            }
+        };
+        let start = tensor.offset + row * tensor.row_bytes(dtype) + skip;
+        out.resize(len, 0);
+        let (path, file) = &files[tensor.file];
         file.read_exact_at(out, start).with_context(|| format!("reading tensor {} of {}", tensor.name, path.display()))
     }
 

@@ -145,7 +145,7 @@ impl TokenizerSource {
 ///
 /// Printable Latin-1 stands for itself; the other bytes, ascending, are U+0100 and on (`bytes_to_unicode`
 /// of OpenAI's `encoder.py`).
-fn byte_alphabet() -> [char; 256] {
+pub(crate) fn byte_alphabet() -> [char; 256] {
     let mut next = 0x100u32;
     std::array::from_fn(|byte| {
         let byte = byte as u8;

@@ -185,8 +185,9 @@ impl<'a> Engine<'a> {
         // The norm's output goes to `mixed`, which attention fills only later.
         for (x, weight) in [(&mut *q, Role::QueryNorm), (&mut *k, Role::KeyNorm)] {
             if let Some(weight) = tensors.optional(weight) {
-                for head in x.chunks_exact_mut(shape.head_dim) {
-                    let normed = &mut b.mixed[..shape.head_dim];
+                // As many values as there are weights are normalised together: a head, or a token's heads.
+                for head in x.chunks_exact_mut(weight.len()) {
+                    let normed = &mut b.mixed[..weight.len()];
                     ops::rms_norm(head, weight, eps, normed);
                     head.copy_from_slice(normed);
                 }

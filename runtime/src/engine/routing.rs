@@ -1,7 +1,7 @@
 //! The router: which experts a token uses, with what weight, and what that needs of the pool.
 
 use forebay_kernels::exec::Exec;
-use forebay_kernels::ops::sigmoid;
+use forebay_kernels::ops::{sigmoid, softmax};
 
 use super::compute::{MISSING, project};
 use super::{Engine, EngineError, Phase, Predicted, UnitNeed};
@@ -14,6 +14,7 @@ fn probabilities(router: Router, scores: &mut [f32]) {
     match router {
         Router::All => (),
         Router::Sigmoid => scores.iter_mut().for_each(|s| *s = sigmoid(*s)),
+        Router::Softmax => softmax(scores),
     }
 }
 
@@ -56,7 +57,9 @@ fn weigh(shape: &LayerShape, probabilities: &[f32], choices: &mut [Choice]) {
 /// probabilities. Choices come in descending order of selection score, equal scores in order of their index.
 ///
 /// LFM2-MoE (`Lfm2MoeSparseMoeBlock`): `p = sigmoid(score)`; the bias acts on the selection only; the weights
-/// are `p`, divided by `sum + eps` if the layer normalises, times the layer's factor.
+/// are `p`, divided by `sum + eps` if the layer normalises, times the layer's factor. Mixtral, OLMoE and Qwen3-MoE
+/// (`MixtralSparseMoeBlock`, `OlmoeSparseMoeBlock`, `Qwen3MoeSparseMoeBlock`): the same with `p = softmax(scores)`
+/// over all experts.
 fn choose(shape: &LayerShape, scores: &mut [f32], bias: Option<&[f32]>, choices: &mut [Choice]) {
     probabilities(shape.router, scores);
     select(scores.len(), |unit| scores[unit] + bias.map_or(0.0, |b| b[unit]), choices);
@@ -324,5 +327,55 @@ impl Engine<'_> {
         let scores = &mut self.buffers.scores[token * shape.units..][..shape.units];
         choose(&shape, scores, bias, choices);
         Ok(shape.top_k)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::unit::UnitShape;
+    use forebay_kernels::weights::{Encoding, MatrixShape};
+
+    fn shape(router: Router, units: usize, top_k: usize, normalise: bool) -> LayerShape {
+        let matrix = MatrixShape { rows: 1, cols: 1, encoding: Encoding::F32 };
+        LayerShape {
+            operator: crate::model::record::Operator::Attention,
+            router,
+            normalise,
+            rope: false,
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 2,
+            taps: 0,
+            window: 0,
+            attention_scale: 1.0,
+            rope_mscale: 1.0,
+            units,
+            top_k,
+            unit_width: 1,
+            router_norm_eps: 0.0,
+            router_scale: 1.0,
+            first_extent: 0,
+            unit: UnitShape { gate: matrix, up: matrix, down: matrix },
+        }
+    }
+
+    /// `softmax`, `topk` and the division as the reference implementations write them, in binary64.
+    #[test]
+    fn softmax_routers_choose_as_the_references() {
+        let logits = [0.3f32, -1.2, 2.5, 0.0, 2.4, -0.7, 1.1, 1.1];
+        let total: f64 = logits.iter().map(|x| f64::from(*x).exp()).sum();
+        let p = |unit: usize| f64::from(logits[unit]).exp() / total;
+        for normalise in [false, true] {
+            let mut choices = [Choice::default(); 4];
+            choose(&shape(Router::Softmax, 8, 4, normalise), &mut logits.clone(), None, &mut choices);
+            // Of the equal scores of 6 and 7 the first is chosen first.
+            assert_eq!(choices.map(|c| c.unit), [2, 4, 6, 7]);
+            let sum: f64 = if normalise { [2, 4, 6, 7].map(p).iter().sum() } else { 1.0 };
+            for choice in choices {
+                let expected = p(choice.unit.into()) / sum;
+                assert!((f64::from(choice.weight) - expected).abs() < 1e-6, "{choice:?}, expected {expected}");
+            }
+        }
     }
 }

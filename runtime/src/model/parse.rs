@@ -197,6 +197,7 @@ impl LayerShape {
         let router = match record.router {
             0 => Router::All,
             1 => Router::Sigmoid,
+            2 => Router::Softmax,
             n => return Err(field("router", n.into())),
         };
         if record.router_flags & !ROUTER_NORMALISE != 0 {
@@ -231,7 +232,7 @@ impl LayerShape {
         }
         let top_k_fits = match router {
             Router::All => top_k == units,
-            Router::Sigmoid => top_k >= 1 && top_k <= units && usize::from(top_k) <= MAX_TOP_K,
+            Router::Sigmoid | Router::Softmax => top_k >= 1 && top_k <= units && usize::from(top_k) <= MAX_TOP_K,
         };
         if !top_k_fits {
             return Err(field("top_k", top_k.into()));
@@ -319,7 +320,7 @@ impl LayerShape {
                 want(Role::ClusterGate, self.units, hidden, false);
                 want(Role::ClusterBias, 1, self.units, false);
             }
-            Router::Sigmoid => {
+            Router::Sigmoid | Router::Softmax => {
                 want(Role::RouterGate, self.units, hidden, true);
                 want(Role::RouterBias, 1, self.units, false);
             }
@@ -480,6 +481,14 @@ impl<'a> Model<'a> {
         let shape = LayerShape::decode(&self.layers[usize::from(layer)], self.record.hidden.get(), layer)?;
         let place = Place(layer);
         for (role, rows, cols, needed) in shape.tensors(self.record.hidden.get()) {
+            let whole = match role {
+                Role::QueryNorm => shape.heads * shape.head_dim,
+                Role::KeyNorm => shape.kv_heads * shape.head_dim,
+                _ => 0,
+            };
+            // These two are of each head, or of all heads together.
+            let found = self.tensor(layer, role).map(|t| t.shape.cols).filter(|found| *found as usize == whole);
+            let cols = found.unwrap_or(cols);
             self.check_tensor(layer, role, rows, cols, needed)?;
         }
         if self.predicts(layer) {

@@ -142,6 +142,8 @@ pub enum Router {
     All = 0,
     /// LFM2-MoE: `p = sigmoid(gate x)`; the top k of `p + bias`; weights `p`.
     Sigmoid = 1,
+    /// Mixtral, OLMoE and Qwen3-MoE: `p = softmax(gate x)` over all experts; the top k of `p`; weights `p`.
+    Softmax = 2,
 }
 
 /// [`LayerRecord::router_flags`]: the chosen weights are divided by their sum plus `router_norm_eps`.
@@ -231,9 +233,10 @@ pub enum Role {
     ValueBias = 24,
     /// f32 [1, hidden].
     AttentionOutBias = 25,
-    /// Per-head RMSNorm of queries before RoPE, f32 [1, head_dim].
+    /// RMSNorm of queries before RoPE: of each head, f32 [1, head_dim], or of all together (OLMoE), f32
+    /// [1, heads * head_dim].
     QueryNorm = 26,
-    /// Per-head RMSNorm of keys before RoPE, f32 [1, head_dim].
+    /// RMSNorm of keys before RoPE: of each head, f32 [1, head_dim], or of all together, f32 [1, kv_heads * head_dim].
     KeyNorm = 27,
     /// [3 * hidden, hidden], rows in the order B, C, x.
     ConvIn = 28,

@@ -4,10 +4,14 @@
 //! no count or length is believed before it is known to fit into the rest of the file, so memory stays within
 //! a small multiple of the header's size, whatever the file says. Tensor data is not read here.
 
+mod write;
+
 use std::collections::HashSet;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 
 use anyhow::{Context, Result, bail, ensure};
+
+pub use write::lay_out;
 
 /// Most dimensions of a tensor.
 const MAX_DIMS: u32 = 4;
@@ -87,6 +91,11 @@ const TYPES: &[GgmlType] = &[
     ggml(35, "TQ2_0", 256, 66),
     ggml(39, "MXFP4", 32, 17),
 ];
+
+/// The type of this name.
+pub fn type_by_name(name: &str) -> Option<GgmlType> {
+    TYPES.iter().copied().find(|t| t.name == name)
+}
 
 const fn ggml(id: u32, name: &'static str, block: u64, bytes: u64) -> GgmlType {
     GgmlType { id, name, block, bytes }
