@@ -7,6 +7,8 @@ pub mod gguf;
 pub mod inspect;
 pub mod profile;
 pub mod quantize;
+pub mod settings;
+pub mod simulate;
 pub mod source;
 <<<<<<< HEAD
 pub mod temporary;
@@ -14,3 +16,4 @@ pub mod temporary;
 pub mod synth;
 >>>>>>> 3516f51 (forebay synth: models of random weights with known shapes; softmax routers: Mixtral, OLMoE, Qwen3-MoE; forebay flash-profile)
 pub mod tokenizer;
+pub mod trace;

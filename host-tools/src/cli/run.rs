@@ -1,6 +1,7 @@
 //! `forebay run`
 
 use std::io::Write;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -9,7 +10,7 @@ use forebay_runtime::sample::{Sampler, SamplerParams};
 use forebay_runtime::tokenizer::{EncodeOptions, Tokenizer};
 use serde::Serialize;
 
-use super::{MachineArgs, ModelArgs, SampleArgs, Wanted, check_ids, label};
+use super::{MachineArgs, ModelArgs, SampleArgs, Wanted, check_ids, check_output, label};
 use crate::host::accounting::{Accounting, Counts, PolicyReport};
 use crate::host::generate::{Generated, Until, generate, rate};
 use crate::host::models::Found;
@@ -46,6 +47,9 @@ pub struct RunArgs {
     sample: SampleArgs,
     #[command(flatten)]
     machine: MachineArgs,
+    /// Write down which experts every token chooses, for `forebay plan` (docs/trace.md has the format)
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Print only what is generated, not the prompt before it
     #[arg(long)]
     no_display_prompt: bool,
@@ -100,6 +104,7 @@ struct Report<'r> {
 }
 
 pub fn main(args: &RunArgs) -> Result<()> {
+    args.trace.as_deref().map_or(Ok(()), check_output)?;
     let backend = args.machine.backend()?;
     let found = args.model.find()?;
     let prepared = found.file.probe(|image, tokenizer| prepare(args, &found, backend, image, tokenizer))?;
@@ -120,9 +125,11 @@ pub fn main(args: &RunArgs) -> Result<()> {
             write!(out, "{DEFAULT_PROMPT}")?;
         }
         out.flush()?;
+        args.trace.as_deref().map_or(Ok(()), |path| session.begin_trace(path))?;
         let until = Until { count, ignore_eos: args.sample.ignore_eos };
         let mut show = |part: &str| Ok(out.write_all(part.as_bytes()).and_then(|()| out.flush())?);
         let made = generate(session, 0, to, until, &mut Sampler::new(params), &mut show)?;
+        session.end_trace()?;
         writeln!(out)?;
         let used = Counts::of(&session.engine).since(&Counts::default());
         summary(session, &made, to, threads, &params, &name, (&policy, &used));

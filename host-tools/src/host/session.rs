@@ -4,12 +4,13 @@
 //! to say exactly what a limit lacks; [`run`] then takes the arena, and everything lives in that.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{BufWriter, Read};
 use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use forebay::trace;
 use forebay_kernels::attention::KvFormat;
 use forebay_kernels::exec::{Backend, Exec};
 use forebay_kernels::pool::ThreadPool;
@@ -22,6 +23,7 @@ use forebay_runtime::model::Model;
 use forebay_runtime::model::record::Role;
 use forebay_runtime::open::Image;
 use forebay_runtime::plan::{Limits, Plan, PlanError};
+use forebay_runtime::policy::Choice;
 use forebay_runtime::policy::Policy;
 use forebay_runtime::sample::{Candidate, Sampler};
 use forebay_runtime::tokenizer::{EncodeOptions, Tokenizer, TokenizerError};
@@ -320,14 +322,29 @@ pub fn encode(tokenizer: &Tokenizer<'_>, text: &str, options: EncodeOptions) -> 
     }
 }
 
-/// Measures how long the engine waits for the store.
+/// A trace that is being written, and what went wrong with it first.
+#[derive(Debug)]
+struct Tracing {
+    writer: trace::Writer<BufWriter<File>>,
+    failure: Option<anyhow::Error>,
+}
+
+/// Measures how long the engine waits for the store, and writes down what it chooses.
 #[derive(Debug, Default)]
 struct Stall {
     since: Option<Instant>,
     total: Duration,
+    tracing: Option<Tracing>,
 }
 
 impl Observer for Stall {
+    fn routed(&mut self, layer: usize, choices: &[Choice]) {
+        if let Some(tracing) = &mut self.tracing
+            && tracing.failure.is_none()
+        {
+            tracing.failure = tracing.writer.event(layer, choices).err();
+        }
+    }
     fn wait_begins(&mut self) {
         self.since = Some(Instant::now());
     }
@@ -358,6 +375,7 @@ pub struct Session<'a, 's> {
     stall: Stall,
     governor: Option<Governor>,
     started: Instant,
+    trace_head: trace::Head,
 }
 
 impl Session<'_, '_> {
@@ -440,6 +458,20 @@ impl Session<'_, '_> {
         }
     }
 
+    /// Writes a trace of all that is computed from now on into `path`, until [`Self::end_trace`].
+    pub fn begin_trace(&mut self, path: &Path) -> Result<()> {
+        let out = File::create(path).with_context(|| format!("writing {}", path.display()))?;
+        let writer = trace::Writer::new(BufWriter::new(out), self.trace_head.clone())?;
+        self.stall.tracing = Some(Tracing { writer, failure: None });
+        Ok(())
+    }
+
+    /// Ends the trace, if one was begun.
+    pub fn end_trace(&mut self) -> Result<()> {
+        let Some(Tracing { writer, failure }) = self.stall.tracing.take() else { return Ok(()) };
+        failure.map_or(Ok(()), Err).and_then(|()| writer.finish().map(drop)).context("writing the trace")
+    }
+
     /// Time spent waiting for the store.
     pub fn stalled(&self) -> Duration {
         self.stall.total
@@ -497,6 +529,7 @@ pub fn run<T>(file: &ImageFile, setup: Setup, body: impl FnOnce(&mut Session<'_,
                 Governor::new(ms * 1e3, rate)
             }),
             started,
+            trace_head: trace::Head::new(file.superblock.id(), image.model()),
             engine,
             store,
         };
