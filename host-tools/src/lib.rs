@@ -10,10 +10,7 @@ pub mod quantize;
 pub mod settings;
 pub mod simulate;
 pub mod source;
-<<<<<<< HEAD
-pub mod temporary;
-=======
 pub mod synth;
->>>>>>> 3516f51 (forebay synth: models of random weights with known shapes; softmax routers: Mixtral, OLMoE, Qwen3-MoE; forebay flash-profile)
+pub mod temporary;
 pub mod tokenizer;
 pub mod trace;
