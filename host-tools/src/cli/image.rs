@@ -177,7 +177,7 @@ fn plan(found: &Found, image: &Image<'_>, args: &ImageArgs) -> Result<Plan> {
         kv: KvFormat::F16,
         workers: 1,
         reserved: table_bytes::<u32>(context) + table_bytes::<u32>(Tokenizer::encode_scratch(PROMPT_BYTES)),
-        levels: usize::MAX,
+        policy: forebay_runtime::policy::Policy::default(),
     };
     Plan::new(image, limits).map_err(|error| match error {
         PlanError::TooSmall { need, have, context } => anyhow!(
