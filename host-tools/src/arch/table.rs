@@ -298,7 +298,8 @@ fn qwen3_moe(f: &Fields, common: Common) -> Result<Vec<Layer>> {
     let step = f.maybe_count(SPARSE_STEP)?.unwrap_or(1) as usize;
     let dense_only = f.get(DENSE_ONLY).and_then(serde_json::Value::as_array);
     let is_dense = |l: usize| {
-        (l + 1) % step != 0 || dense_only.is_some_and(|list| list.iter().any(|n| n.as_u64() == Some(l as u64)))
+        !(l + 1).is_multiple_of(step)
+            || dense_only.is_some_and(|list| list.iter().any(|n| n.as_u64() == Some(l as u64)))
     };
     let dense = if (0..common.layers).any(is_dense) {
         Some(FeedForward::Dense { width: f.count(WIDTH)?, bias: Presence::Absent })

@@ -233,8 +233,8 @@ impl Replayer<'_, '_> {
                 work.counts.bytes += self.piece_bytes(layer, piece);
             }
         }
-        for at in 0..needs.len() {
-            self.compute(layer, &mut needs[at]);
+        for need in &mut needs {
+            self.compute(layer, need);
         }
         work
     }
