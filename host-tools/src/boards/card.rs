@@ -25,15 +25,18 @@ const BOOT_TYPE: u8 = 0x0c;
 /// Partitions start and end on multiples of this.
 const ALIGN: u64 = 1 << 20;
 
-/// What the Raspberry Pi's firmware is told: 64 bits, and the PL011 on the header's pins for the console.
-const CONFIG: &str = "arm_64bit=1\nkernel=kernel8.img\nenable_uart=1\ndtoverlay=disable-bt\n";
+/// What the Raspberry Pi's firmware is told.
+const CONFIG: &str = "arm_64bit=1\nkernel=kernel8.img\nenable_uart=1\n";
 
 /// What goes onto the boot partition.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct BootFiles<'a> {
     /// The program: `kernel8.img`.
     pub kernel: Option<&'a Path>,
-    /// A folder whose files are copied, the firmware's for example. A `config.txt` in it replaces the one made here.
+    /// Words for the program: the end of `cmdline.txt`, whose beginning is the firmware's.
+    pub words: Option<&'a str>,
+    /// A folder whose files are copied, the firmware's for example. A `config.txt` or `cmdline.txt` in it replaces
+    /// the one made here.
     pub firmware: Option<&'a Path>,
 }
 
@@ -102,6 +105,9 @@ impl Card {
         volume.seek(SeekFrom::Start(0))?;
         let volume = FileSystem::new(volume, FsOptions::new()).context("opening the boot partition")?;
         volume.root_dir().create_file("config.txt")?.write_all(CONFIG.as_bytes())?;
+        if let Some(words) = boot.words {
+            volume.root_dir().create_file("cmdline.txt")?.write_all(format!(" -- {words}\n").as_bytes())?;
+        }
         if let Some(folder) = boot.firmware {
             copy_folder(folder, &volume.root_dir())?;
         }

@@ -118,9 +118,25 @@ pub const BOARDS: &[Board] = &[
         machine: "QEMU virt, Cortex-A53, A72 or A76",
         target: "aarch64-unknown-none",
         ram: 14 << 20,
-        arena: 2664 << 10,
+        arena: 2650 << 10,
         stack: 48 << 10,
         media: &[pflash(64 << 20, 20 * MB), virtio(20 * MB)],
+    },
+    Board {
+        name: "raspi",
+        machine: "Raspberry Pi 3 and 4, also in QEMU",
+        target: "aarch64-unknown-none",
+        // What the firmware leaves of the first gigabyte, and of that what the program does not take.
+        ram: 944 << 20,
+        arena: 940 << 20,
+        stack: 64 << 10,
+        media: &[Medium {
+            kind: MediumKind::Card,
+            device: "SD card, partition of type 0xda",
+            len: None,
+            block: 512,
+            bandwidth: Bandwidth { bytes_per_second: 22 * MB, basis: Basis::Typical },
+        }],
     },
     Board {
         name: "riscv64-virt",

@@ -38,6 +38,9 @@ pub struct ImageArgs {
     /// The program that a card boots: the board's kernel8.img
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
+    /// Words for the program that a card boots, such as "generate=64 text=Once upon a time"
+    #[arg(long, value_name = "TEXT")]
+    words: Option<String>,
     /// A folder that is copied onto a card's boot partition: the firmware's files
     #[arg(long, value_name = "FOLDER")]
     firmware: Option<PathBuf>,
@@ -77,7 +80,12 @@ pub fn main(args: &ImageArgs) -> Result<()> {
         let kinds: Vec<_> = board.media.iter().map(|medium| medium.kind.name()).collect();
         format!("{} does not read such a medium; it reads {}", board.name, kinds.join(", "))
     })?;
-    for (option, given) in [("--kernel", args.kernel.is_some()), ("--firmware", args.firmware.is_some())] {
+    let for_cards = [
+        ("--kernel", args.kernel.is_some()),
+        ("--words", args.words.is_some()),
+        ("--firmware", args.firmware.is_some()),
+    ];
+    for (option, given) in for_cards {
         ensure!(
             !given || medium.kind == MediumKind::Card,
             "{option} is for cards; {} boots otherwise, and its {} holds the image alone",
@@ -97,7 +105,8 @@ pub fn main(args: &ImageArgs) -> Result<()> {
         Ok((plan, model.unit_count(), token_len))
     })?;
     let mut bar = Bar::new("writing");
-    let boot = BootFiles { kernel: args.kernel.as_deref(), firmware: args.firmware.as_deref() };
+    let boot =
+        BootFiles { kernel: args.kernel.as_deref(), words: args.words.as_deref(), firmware: args.firmware.as_deref() };
     let written = write_medium(medium, &found.file.path, &args.output, &boot, &mut bar);
     bar.finish();
     let written = written?;
