@@ -43,7 +43,7 @@ impl Backend {
     /// With feature `std` the CPU is asked (on RISC-V through Linux), and so it is on AArch64 without an operating
     /// system. Otherwise the target features of the build decide.
     pub fn detect() -> Self {
-        let best = arch::best().map_or_else(Self::scalar, Self);
+        let best = Self(arch::best());
         #[cfg(feature = "log")]
         log::debug!("back-end {}", best.name());
         #[cfg(feature = "defmt")]
@@ -56,9 +56,9 @@ impl Backend {
     }
     /// The back-ends of this CPU, slowest first.
     pub fn all() -> impl Iterator<Item = Self> {
-        core::iter::once(Self::scalar()).chain(arch::vector_backends().into_iter().flatten().map(Self))
+        arch::backends().map(Self)
     }
-    /// Name as reports print it: `scalar`, `avx2`, `neon`, `dotprod` or `rvv`.
+    /// Name as reports print it: `scalar`, `avx2`, `neon`, `dotprod`, `swar` or `rvv`.
     pub fn name(&self) -> &'static str {
         self.0.name()
     }

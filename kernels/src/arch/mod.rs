@@ -11,6 +11,8 @@ pub(crate) mod pool;
 #[cfg(all(target_arch = "riscv64", target_feature = "d"))]
 mod riscv64;
 pub(crate) mod split;
+#[cfg(any(test, target_arch = "riscv64"))]
+mod swar;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
@@ -168,7 +170,23 @@ pub(crate) fn vector_backends() -> [Option<&'static dyn Kernels>; 0] {
     []
 }
 
-/// The fastest vector back-end.
-pub(crate) fn best() -> Option<&'static dyn Kernels> {
-    vector_backends().into_iter().rev().flatten().next()
+/// The back-end of 64-bit cores without vectors. The compiler's vectors make the definition faster than it on other
+/// cores, where only tests have it.
+fn word_backend() -> Option<&'static dyn Kernels> {
+    #[cfg(any(test, target_arch = "riscv64"))]
+    return Some(&swar::Swar);
+    #[cfg(not(any(test, target_arch = "riscv64")))]
+    None
+}
+
+/// All back-ends of this CPU, slowest first.
+pub(crate) fn backends() -> impl Iterator<Item = &'static dyn Kernels> {
+    let scalar: &'static dyn Kernels = &Scalar;
+    [Some(scalar), word_backend()].into_iter().chain(vector_backends()).flatten()
+}
+
+/// The fastest back-end.
+pub(crate) fn best() -> &'static dyn Kernels {
+    let words = if cfg!(target_arch = "riscv64") { word_backend() } else { None };
+    vector_backends().into_iter().rev().flatten().next().or(words).unwrap_or(&Scalar)
 }

@@ -4,7 +4,7 @@ use super::float;
 
 /// Adding this to a float of magnitude below 2^22 rounds it to an integer, half to even, which then stands in
 /// the low bits.
-const ROUND: f32 = 12_582_912.0;
+pub(crate) const ROUND: f32 = 12_582_912.0;
 
 /// The nearest integer, half to even, of a float of magnitude below 2^22.
 #[inline(always)]
@@ -70,11 +70,17 @@ pub(crate) fn softmax(x: &mut [f32]) {
     }
 }
 
+/// `1 / sqrt(square / n + eps)`.
+#[inline(always)]
+pub(crate) fn inverse_rms(square: f32, n: usize, eps: f32) -> f32 {
+    let mean = square / n as f32;
+    1.0 / libm::sqrtf(mean + eps)
+}
+
 /// RMS norm: `x * (1 / sqrt(square / n + eps)) * weight`, `square` being the inner product of `x` with itself.
 #[inline(always)]
 pub(crate) fn rms_norm(square: f32, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let mean = square / x.len() as f32;
-    let inverse = 1.0 / libm::sqrtf(mean + eps);
+    let inverse = inverse_rms(square, x.len(), eps);
     for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
         *o = x * inverse * w;
     }

@@ -62,9 +62,32 @@ pub(crate) const fn table_slot(j: usize) -> usize {
     j / 2 + j % 2 * 4
 }
 
+/// The eight tables of 32 activations; returns the sum of the negative ones.
+#[inline(always)]
+pub(crate) fn tables_of(q: &[u8; 32], tables: &mut [u8; 128]) -> i32 {
+    let mut total = 0;
+    for (j, q) in q.as_chunks::<4>().0.iter().enumerate() {
+        let slot = table_slot(j) * 16;
+        total += subset_sums(q, &mut tables[slot..slot + 16]);
+    }
+    total
+}
+
 /// Quantises one token.
 #[inline(always)]
 pub(crate) fn quantise(spec: ActSpec, x: &[f32], out: TokenMut<'_>) {
+    quantise_with(spec, x, out, quantise_group, tables_of);
+}
+
+/// Quantises one token by a back-end's [`quantise_group`] and [`tables_of`].
+#[inline(always)]
+pub(crate) fn quantise_with(
+    spec: ActSpec,
+    x: &[f32],
+    out: TokenMut<'_>,
+    quantise_group: impl Fn(i32, &[f32], &mut [u8]) -> (f32, i32),
+    tables_of: impl Fn(&[u8; 32], &mut [u8; 128]) -> i32,
+) {
     let len = spec.group as usize;
     let scales = out.scales.as_chunks_mut::<4>().0.iter_mut();
     let sums = out.sums.as_chunks_mut::<4>().0.iter_mut();
@@ -75,14 +98,8 @@ pub(crate) fn quantise(spec: ActSpec, x: &[f32], out: TokenMut<'_>) {
     }
     let lows = out.lows.as_chunks_mut::<4>().0.iter_mut();
     for ((codes, tables), low) in out.codes.chunks_exact(len).zip(out.tables.chunks_exact_mut(4 * len)).zip(lows) {
-        let mut total = 0;
-        for (codes, tables) in codes.chunks_exact(32).zip(tables.chunks_exact_mut(128)) {
-            for (j, q) in codes.as_chunks::<4>().0.iter().enumerate() {
-                let slot = table_slot(j) * 16;
-                total += subset_sums(q, &mut tables[slot..slot + 16]);
-            }
-        }
-        *low = total.to_ne_bytes();
+        let pieces = codes.as_chunks::<32>().0.iter().zip(tables.as_chunks_mut::<128>().0);
+        *low = pieces.map(|(q, tables)| tables_of(q, tables)).sum::<i32>().to_ne_bytes();
     }
 }
 

@@ -2,7 +2,7 @@
 //! of 2, 4 and 8 bits. The intrinsic is not stable, so the instruction is written out.
 
 use super::neon::{self, Dot};
-use crate::activations::Acts;
+use crate::activations::{ActSpec, Acts, TokenMut};
 use crate::arch::{Float, Kernels};
 use crate::reference::quant::QuantBlock;
 use crate::weights::ROW_BLOCK;
@@ -38,24 +38,30 @@ impl Dot for Dotprod {
     type Sum = int32x4_t;
     /// Sums of 32 bits hold any group.
     const SAFE_STEPS: usize = 128;
+    const WIDE: bool = true;
     #[inline(always)]
     fn zero(self) -> int32x4_t {
         neon::zero()
     }
     #[inline(always)]
-    fn dot(self, mut sum: int32x4_t, w: int8x16_t, q: int8x16_t) -> int32x4_t {
+    fn dot<const LANE: i32>(self, mut sum: int32x4_t, w: int8x16_t, q: int8x16_t) -> int32x4_t {
         // SAFETY: `self` proves the extension; the instruction touches its operands only.
         unsafe {
             asm!(
                 ".arch_extension dotprod",
-                "sdot {sum:v}.4s, {w:v}.16b, {q:v}.16b",
+                "sdot {sum:v}.4s, {w:v}.16b, {q:v}.4b[{lane}]",
                 sum = inout(vreg) sum,
                 w = in(vreg) w,
                 q = in(vreg) q,
+                lane = const LANE,
                 options(pure, nomem, nostack, preserves_flags)
             );
         }
         sum
+    }
+    #[inline(always)]
+    fn dot8<const LANE: i32>(self, sum: int32x4_t, w: int8x16_t, q: int8x16_t) -> int32x4_t {
+        self.dot::<LANE>(sum, w, q)
     }
     #[inline(always)]
     fn rows(self, sum: int32x4_t) -> int32x4_t {
@@ -66,6 +72,9 @@ impl Dot for Dotprod {
 impl Kernels for Dotprod {
     fn name(&self) -> &'static str {
         "dotprod"
+    }
+    fn quantise(&self, spec: ActSpec, x: &[f32], out: TokenMut<'_>) {
+        neon::quantise(spec, x, out);
     }
     fn quant_tile(&self, block: &QuantBlock<'_>, acts: &Acts<'_>, first: usize, out: &mut [[f32; ROW_BLOCK]]) {
         neon::quant_tile(*self, block, acts, first, out);

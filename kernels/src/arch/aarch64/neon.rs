@@ -6,7 +6,7 @@
 //! definition, which the compiler vectorises for it.
 #![allow(clippy::needless_range_loop, reason = "row vectors and tokens index several arrays at once")]
 
-use crate::activations::{Acts, TokenActs};
+use crate::activations::{ActSpec, Acts, TokenActs, TokenMut};
 use crate::arch::{Float, Kernels, TILE};
 use crate::reference::quant::{self, QuantBlock, table_slot};
 use crate::weights::ROW_BLOCK;
@@ -27,9 +27,13 @@ pub(super) trait Dot: Copy {
     type Sum: Copy;
     /// Calls of [`Dot::dot`] that a sum survives with codes of up to 15 and activations of up to 127.
     const SAFE_STEPS: usize;
+    /// Whether a sum also survives a whole group of codes times 16.
+    const WIDE: bool;
     fn zero(self) -> Self::Sum;
-    /// Adds `w[4r + t] * q[4r + t]` to row r's sum.
-    fn dot(self, sum: Self::Sum, w: int8x16_t, q: int8x16_t) -> Self::Sum;
+    /// Adds `w[4r + t] * q[4 * LANE + t]` to row r's sum.
+    fn dot<const LANE: i32>(self, sum: Self::Sum, w: int8x16_t, q: int8x16_t) -> Self::Sum;
+    /// The same for weights of 8 bits.
+    fn dot8<const LANE: i32>(self, sum: int32x4_t, w: int8x16_t, q: int8x16_t) -> int32x4_t;
     /// The four rows' sums.
     fn rows(self, sum: Self::Sum) -> int32x4_t;
 }
@@ -37,17 +41,30 @@ pub(super) trait Dot: Copy {
 impl Dot for Neon {
     /// 16 lanes of 16 bits, one per product.
     type Sum = (int16x8_t, int16x8_t);
-    /// 17 * 15 * 127 < 2^15. Products of 8-bit weights reach 2^14, two of them fit.
+    /// 17 * 15 * 127 < 2^15.
     const SAFE_STEPS: usize = 17;
+    const WIDE: bool = false;
     #[inline(always)]
     fn zero(self) -> Self::Sum {
         // SAFETY: NEON is there.
         unsafe { (vdupq_n_s16(0), vdupq_n_s16(0)) }
     }
     #[inline(always)]
-    fn dot(self, (low, high): Self::Sum, w: int8x16_t, q: int8x16_t) -> Self::Sum {
+    fn dot<const LANE: i32>(self, (low, high): Self::Sum, w: int8x16_t, q: int8x16_t) -> Self::Sum {
         // SAFETY: NEON is there.
-        unsafe { (vmlal_s8(low, vget_low_s8(w), vget_low_s8(q)), vmlal_high_s8(high, w, q)) }
+        unsafe {
+            let q = vreinterpretq_s8_s32(vdupq_laneq_s32::<LANE>(vreinterpretq_s32_s8(q)));
+            (vmlal_s8(low, vget_low_s8(w), vget_low_s8(q)), vmlal_high_s8(high, w, q))
+        }
+    }
+    /// Two products fit 16 bits: 2 * 128 * 127 < 2^15.
+    #[inline(always)]
+    fn dot8<const LANE: i32>(self, sum: int32x4_t, w: int8x16_t, q: int8x16_t) -> int32x4_t {
+        // SAFETY: NEON is there.
+        unsafe {
+            let q = vreinterpretq_s8_s32(vdupq_laneq_s32::<LANE>(vreinterpretq_s32_s8(q)));
+            vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(q)), vmull_high_s8(w, q)))
+        }
     }
     #[inline(always)]
     fn rows(self, (low, high): Self::Sum) -> int32x4_t {
@@ -59,6 +76,9 @@ impl Dot for Neon {
 impl Kernels for Neon {
     fn name(&self) -> &'static str {
         "neon"
+    }
+    fn quantise(&self, spec: ActSpec, x: &[f32], out: TokenMut<'_>) {
+        quantise(spec, x, out);
     }
     fn quant_tile(&self, block: &QuantBlock<'_>, acts: &Acts<'_>, first: usize, out: &mut [[f32; ROW_BLOCK]]) {
         quant_tile(*self, block, acts, first, out);
@@ -75,6 +95,46 @@ impl Kernels for Neon {
 pub(super) fn zero() -> int32x4_t {
     // SAFETY: NEON is there.
     unsafe { vdupq_n_s32(0) }
+}
+
+pub(super) fn quantise(spec: ActSpec, x: &[f32], out: TokenMut<'_>) {
+    quant::quantise_with(spec, x, out, quant::quantise_group, tables_of);
+}
+
+/// The eight tables of 32 activations; returns the sum of the negative ones. An entry is the sum over its four
+/// activations q of max(q, 0) if the subset has it, else of max(-q, 0).
+#[inline(always)]
+fn tables_of(q: &[u8; 32], tables: &mut [u8; 128]) -> i32 {
+    /// Byte e of choice i: i if bit i of e is set, else 16 + i.
+    const CHOICES: [[u8; 16]; 4] = {
+        let mut choices = [[0; 16]; 4];
+        let mut i = 0;
+        while i < 64 {
+            choices[i / 16][i % 16] = (i / 16 + if (i % 16) >> (i / 16) & 1 == 1 { 0 } else { 16 }) as u8;
+            i += 1;
+        }
+        choices
+    };
+    let mut low = 0;
+    // SAFETY: NEON is there. All loads and stores are of 16 bytes of an array that has them: 16 * half and
+    // 16 * table_slot are at most 16 and 112.
+    unsafe {
+        for half in 0..2 {
+            let q = vld1q_s8(q.as_ptr().add(16 * half).cast());
+            let positive = vreinterpretq_u8_s8(vmaxq_s8(q, vdupq_n_s8(0)));
+            let negative = vreinterpretq_u8_s8(vmaxq_s8(vnegq_s8(q), vdupq_n_s8(0)));
+            low -= i32::from(vaddlvq_u8(negative));
+            for j in 0..4 {
+                let mut sum = vdupq_n_u8(0);
+                for choice in &CHOICES {
+                    let choice = vaddq_u8(vld1q_u8(choice.as_ptr()), vdupq_n_u8(4 * j as u8));
+                    sum = vaddq_u8(sum, vqtbl2q_u8(uint8x16x2_t(positive, negative), choice));
+                }
+                vst1q_u8(tables.as_mut_ptr().add(16 * table_slot(4 * half + j)), sum);
+            }
+        }
+    }
+    low
 }
 
 #[inline(always)]
@@ -110,7 +170,7 @@ fn tile<D: Dot, const T: usize, const V: usize>(
     let len = block.quant.group.len();
     let groups = block.groups;
     let stored = if block.quant.affine { 2 } else { 1 };
-    let (double, offset) = block.doubled_and_offset();
+    let (_, offset) = block.doubled_and_offset();
     // The lengths that the pointers below rely on.
     assert_eq!(block.scales.len(), groups * stored * 2 * ROW_BLOCK);
     for level in 0..block.levels {
@@ -156,7 +216,7 @@ fn tile<D: Dot, const T: usize, const V: usize>(
                 unsafe {
                     let scales = load_f16(at.as_ptr());
                     for t in 0..T {
-                        let doubled = vmulq_n_s32(sums[t][v], double);
+                        let doubled = shifted(sums[t][v], 1 + block.dropped);
                         let j = vcvtq_f32_s32(vaddq_s32(doubled, vdupq_n_s32(offset * sum[t])));
                         let product = vmulq_f32(j, vmulq_n_f32(scales, 0.5 * scale[t]));
                         total[t][pass * V + v] = vaddq_f32(total[t][pass * V + v], product);
@@ -196,21 +256,24 @@ unsafe fn load_f16(p: *const u8) -> float32x4_t {
     out
 }
 
-/// Four signed bytes in every 32-bit lane.
-///
-/// # Safety
-/// `p` heads 4 readable bytes.
+/// `x << by`: additions where they do, as shifts by a register and multiplications are slow on some cores.
 #[inline(always)]
-unsafe fn broadcast(p: *const u8) -> int8x16_t {
-    // SAFETY: the caller's promise.
-    unsafe { vreinterpretq_s8_s32(vdupq_n_s32(p.cast::<i32>().read_unaligned())) }
+fn shifted(x: int32x4_t, by: u32) -> int32x4_t {
+    // SAFETY: NEON is there.
+    unsafe {
+        match by {
+            0 => x,
+            1 => vaddq_s32(x, x),
+            _ => vshlq_s32(x, vdupq_n_s32(by as i32)),
+        }
+    }
 }
 
 /// Adds the products of `k` weights a row in a field of `8 / PER` bits, `PER` being 2 or 4.
 ///
 /// # Safety
-/// `w` heads `V` vectors in every 128 bytes of `k / (4 * PER)` of them; `q` head `k` bytes; `k` is a multiple of
-/// `4 * PER`, at most 128.
+/// `w` heads `V` vectors, `V` being a multiple of 4, in every 128 bytes of `k / (4 * PER)` of them; `q` head `k` bytes;
+/// `k` is a multiple of 16, at most 128.
 #[inline(always)]
 unsafe fn field_of<D: Dot, const PER: usize, const T: usize, const V: usize>(
     dot: D,
@@ -224,30 +287,90 @@ unsafe fn field_of<D: Dot, const PER: usize, const T: usize, const V: usize>(
     const fn span(safe_steps: usize) -> usize {
         safe_steps * 4 / 16 * 16
     }
+    if PER == 4 && T == 1 && D::WIDE {
+        // SAFETY: the caller's promise.
+        return unsafe { in_place(dot, w, q[0], k, shift, &mut sums[0]) };
+    }
     for start in (0..k).step_by(span(D::SAFE_STEPS)) {
         let mut partial = [[dot.zero(); V]; T];
-        for at in (start..k.min(start + span(D::SAFE_STEPS))).step_by(4 * PER) {
+        for at in (start..k.min(start + span(D::SAFE_STEPS))).step_by(16) {
             // SAFETY: the caller's promise. NEON is there.
             unsafe {
-                let mut codes: [uint8x16_t; V] = core::array::from_fn(|v| vld1q_u8(w.add(16 * v)));
-                for i in 0..PER {
-                    let a: [int8x16_t; T] = core::array::from_fn(|t| broadcast(q[t].add(at + 4 * i)));
-                    for v in 0..V {
-                        let mask = vdupq_n_u8(0xff >> (8 - 8 / PER));
-                        let field = vreinterpretq_s8_u8(vandq_u8(codes[v], mask));
-                        codes[v] = if PER == 2 { vshrq_n_u8::<4>(codes[v]) } else { vshrq_n_u8::<2>(codes[v]) };
-                        for t in 0..T {
-                            partial[t][v] = dot.dot(partial[t][v], field, a[t]);
-                        }
+                let a: [int8x16_t; T] = core::array::from_fn(|t| vld1q_s8(q[t].add(at).cast()));
+                let mask = vdupq_n_u8(0xff >> (8 - 8 / PER));
+                for v in 0..V {
+                    let codes = vld1q_u8(w.add(16 * v));
+                    let fields = if PER == 2 {
+                        let more = vld1q_u8(w.add(128 + 16 * v));
+                        [vandq_u8(codes, mask), vshrq_n_u8::<4>(codes), vandq_u8(more, mask), vshrq_n_u8::<4>(more)]
+                    } else {
+                        let (second, third) = (vshrq_n_u8::<2>(codes), vshrq_n_u8::<4>(codes));
+                        [vandq_u8(codes, mask), vandq_u8(second, mask), vandq_u8(third, mask), vshrq_n_u8::<6>(codes)]
+                    };
+                    let fields = fields.map(|field| vreinterpretq_s8_u8(field));
+                    for t in 0..T {
+                        let sum = dot.dot::<0>(partial[t][v], fields[0], a[t]);
+                        let sum = dot.dot::<1>(sum, fields[1], a[t]);
+                        let sum = dot.dot::<2>(sum, fields[2], a[t]);
+                        partial[t][v] = dot.dot::<3>(sum, fields[3], a[t]);
                     }
                 }
             }
-            w = w.wrapping_add(128);
+            w = w.wrapping_add(if PER == 2 { 256 } else { 128 });
         }
         for t in 0..T {
             for v in 0..V {
                 // SAFETY: NEON is there.
-                sums[t][v] = unsafe { vmlaq_n_s32(sums[t][v], dot.rows(partial[t][v]), 1 << shift) };
+                sums[t][v] = unsafe { vaddq_s32(sums[t][v], shifted(dot.rows(partial[t][v]), shift)) };
+            }
+        }
+    }
+}
+
+/// [`field_of`] 2 bits for one token: the codes in the middle of a byte are multiplied where they are, as 4 or 16 times
+/// themselves, into sums of their own, which saves their shifts.
+///
+/// # Safety
+/// As [`field_of`].
+#[inline(always)]
+unsafe fn in_place<D: Dot, const V: usize>(
+    dot: D,
+    w: *const u8,
+    q: *const u8,
+    k: usize,
+    shift: u32,
+    sums: &mut [int32x4_t; V],
+) {
+    for half in 0..V / 4 {
+        let mut w = w.wrapping_add(64 * half);
+        let mut partial = [[dot.zero(); 4]; 3];
+        for at in (0..k).step_by(16) {
+            // SAFETY: the caller's promise. NEON is there.
+            unsafe {
+                let a = vld1q_s8(q.add(at).cast());
+                for v in 0..4 {
+                    let codes = vld1q_u8(w.add(16 * v));
+                    let fields = [
+                        vandq_u8(codes, vdupq_n_u8(0x03)),
+                        vandq_u8(codes, vdupq_n_u8(0x0c)),
+                        vandq_u8(codes, vdupq_n_u8(0x30)),
+                        vshrq_n_u8::<6>(codes),
+                    ];
+                    let fields = fields.map(|field| vreinterpretq_s8_u8(field));
+                    let ones = dot.dot::<0>(partial[0][v], fields[0], a);
+                    partial[1][v] = dot.dot::<1>(partial[1][v], fields[1], a);
+                    partial[2][v] = dot.dot::<2>(partial[2][v], fields[2], a);
+                    partial[0][v] = dot.dot::<3>(ones, fields[3], a);
+                }
+            }
+            w = w.wrapping_add(128);
+        }
+        for v in 0..4 {
+            // SAFETY: NEON is there.
+            unsafe {
+                let sum = vsraq_n_s32::<2>(dot.rows(partial[0][v]), dot.rows(partial[1][v]));
+                let sum = vsraq_n_s32::<4>(sum, dot.rows(partial[2][v]));
+                sums[4 * half + v] = vaddq_s32(sums[4 * half + v], shifted(sum, shift));
             }
         }
     }
@@ -256,7 +379,7 @@ unsafe fn field_of<D: Dot, const PER: usize, const T: usize, const V: usize>(
 /// Adds the products of `k` signed 8-bit weights a row.
 ///
 /// # Safety
-/// `w` heads `V` vectors in every 128 bytes of `k / 4` of them; `q` head `k` bytes; `k` is a multiple of 8.
+/// `w` heads `V` vectors in every 128 bytes of `k / 4` of them; `q` head `k` bytes; `k` is a multiple of 16.
 #[inline(always)]
 unsafe fn field8<D: Dot, const T: usize, const V: usize>(
     dot: D,
@@ -265,19 +388,21 @@ unsafe fn field8<D: Dot, const T: usize, const V: usize>(
     k: usize,
     sums: &mut Sums<T, V>,
 ) {
-    for at in (0..k).step_by(8) {
-        // SAFETY: the caller's promise. NEON is there. Two steps of at most 128 * 127 fit the narrowest sum.
+    for at in (0..k).step_by(16) {
+        // SAFETY: the caller's promise. NEON is there.
         unsafe {
+            let a: [int8x16_t; T] = core::array::from_fn(|t| vld1q_s8(q[t].add(at).cast()));
             for v in 0..V {
-                let (first, second) = (vld1q_s8(w.add(16 * v).cast()), vld1q_s8(w.add(128 + 16 * v).cast()));
+                let w: [int8x16_t; 4] = core::array::from_fn(|step| vld1q_s8(w.add(128 * step + 16 * v).cast()));
                 for t in 0..T {
-                    let partial = dot.dot(dot.zero(), first, broadcast(q[t].add(at)));
-                    let partial = dot.dot(partial, second, broadcast(q[t].add(at + 4)));
-                    sums[t][v] = vaddq_s32(sums[t][v], dot.rows(partial));
+                    let sum = dot.dot8::<0>(sums[t][v], w[0], a[t]);
+                    let sum = dot.dot8::<1>(sum, w[1], a[t]);
+                    let sum = dot.dot8::<2>(sum, w[2], a[t]);
+                    sums[t][v] = dot.dot8::<3>(sum, w[3], a[t]);
                 }
             }
         }
-        w = w.wrapping_add(256);
+        w = w.wrapping_add(512);
     }
 }
 

@@ -4,7 +4,8 @@
 //! of them. Vector lengths are those of the layouts (32 rows, 16 partial sums), which register groups of 128-bit
 //! registers hold, so longer registers change no result.
 
-use crate::activations::Acts;
+use super::operators;
+use crate::activations::{ActSpec, Acts, TokenMut};
 use crate::arch::{Float, Kernels};
 use crate::reference::float::{PARTIALS, fold};
 use crate::reference::quant::{self, QuantBlock};
@@ -45,6 +46,10 @@ impl Kernels for Rvv {
     fn name(&self) -> &'static str {
         "rvv"
     }
+    fn quantise(&self, spec: ActSpec, x: &[f32], out: TokenMut<'_>) {
+        let group = |limit, x: &[f32], codes: &mut [u8]| operators::quantise_group(self, limit, x, codes);
+        quant::quantise_with(spec, x, out, group, quant::tables_of);
+    }
     fn quant_tile(&self, block: &QuantBlock<'_>, acts: &Acts<'_>, first: usize, out: &mut [[f32; ROW_BLOCK]]) {
         quant_tile(self, block, acts, first, out);
     }
@@ -61,6 +66,24 @@ impl Kernels for Rvv {
         let n = a.len().min(b.len());
         // SAFETY: `a` has `n` elements.
         unsafe { dot(self, Float::F32, a.as_ptr().cast(), &b[..n]) }
+    }
+    fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        operators::rms_norm(self, self.dot(x, x), x, weight, eps, out);
+    }
+    fn softmax(&self, x: &mut [f32]) {
+        operators::softmax(self, x);
+    }
+    fn silu_mul(&self, gate: &mut [f32], up: &[f32]) {
+        operators::silu_mul(self, gate, up);
+    }
+    fn add(&self, acc: &mut [f32], x: &[f32]) {
+        operators::add(self, acc, x);
+    }
+    fn add_scaled(&self, acc: &mut [f32], x: &[f32], w: f32) {
+        operators::add_scaled(self, acc, x, w);
+    }
+    fn scale(&self, x: &mut [f32], s: f32) {
+        operators::scale(self, x, s);
     }
 }
 
