@@ -200,18 +200,16 @@ pub fn plan_token(
 
 #[cfg(test)]
 mod tests {
-    extern crate std;
-
-    use std::vec::Vec;
+    use heapless::Vec;
 
     use super::*;
 
-    fn choices(weights: &[f32]) -> Vec<Choice> {
+    fn choices(weights: &[f32]) -> Vec<Choice, 4> {
         let choice = |(unit, &weight): (usize, &f32)| Choice { unit: unit as u16, weight, ..Choice::default() };
         weights.iter().enumerate().map(choice).collect()
     }
 
-    fn plan(weights: &[f32], loading: Loading, held: impl Fn(u16) -> Held, bytes: u64) -> Vec<(u8, Source)> {
+    fn plan(weights: &[f32], loading: Loading, held: impl Fn(u16) -> Held, bytes: u64) -> Vec<(u8, Source), 4> {
         let mut choices = choices(weights);
         let mut allowance = Allowance { bytes, level_bytes: [100, 50, 0, 0] };
         plan_token(&mut choices, &loading, 2, held, &mut allowance);
@@ -228,7 +226,7 @@ mod tests {
     fn scores_are_the_weight_of_the_more_important() {
         let mut choices = choices(&[0.1, 0.4, 0.2, 0.1]);
         plan_token(&mut choices, &Loading::Exact, 2, nothing, &mut Allowance::default());
-        let scores: Vec<f32> = choices.iter().map(|c| c.score).collect();
+        let scores: Vec<f32, 4> = choices.iter().map(|c| c.score).collect();
         for (score, want) in scores.iter().zip([0.75, 0.0, 0.5, 0.875]) {
             assert!((score - want).abs() < 1e-6, "{scores:?}");
         }
@@ -241,7 +239,7 @@ mod tests {
         let all = |_| Held { ready: 2, coming: 2 };
         let weights = [0.4, 0.3, 0.2, 0.1];
         let precisions = |held: &dyn Fn(u16) -> Held| {
-            plan(&weights, Loading::Scored(T), held, 0).into_iter().map(|(l, _)| l).collect::<Vec<_>>()
+            plan(&weights, Loading::Scored(T), held, 0).into_iter().map(|(l, _)| l).collect::<Vec<_, 4>>()
         };
         assert_eq!(precisions(&nothing), [2, 2, 1, 0]);
         assert_eq!(precisions(&all), [2, 2, 1, 0]);
