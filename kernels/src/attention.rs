@@ -1,9 +1,10 @@
 //! Causal attention with grouped queries over a cache of keys and values.
 
-use crate::arch::Float;
 use crate::arch::split::{Columns, split_columns};
-use crate::exec::Exec;
+use crate::arch::{Float, Kernels};
+use crate::exec::{Backend, Exec};
 use crate::matmul::parts;
+use crate::reference::kv8;
 
 /// Element format of the cache.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -13,17 +14,31 @@ pub enum KvFormat {
     F32,
     /// IEEE binary16, rounded to nearest even when stored.
     F16,
+    /// Codes of 8 bits with a binary16 scale for every 32 elements of a head.
+    Q8,
 }
 
 impl KvFormat {
-    /// Bytes per element.
-    pub const fn bytes(self) -> usize {
-        self.float().bytes()
-    }
-    const fn float(self) -> Float {
+    /// Bytes of a head of one position, `dim` elements.
+    pub const fn row_bytes(self, dim: usize) -> usize {
         match self {
-            Self::F32 => Float::F32,
-            Self::F16 => Float::F16,
+            Self::F32 => 4 * dim,
+            Self::F16 => 2 * dim,
+            Self::Q8 => kv8::row_bytes(dim),
+        }
+    }
+    fn dot_rows(self, kernels: &dyn Kernels, rows: &[u8], x: &[f32], out: &mut [f32]) {
+        match self {
+            Self::F32 => kernels.dot_rows(Float::F32, rows, x, out),
+            Self::F16 => kernels.dot_rows(Float::F16, rows, x, out),
+            Self::Q8 => kernels.dot_rows_q8(rows, x, out),
+        }
+    }
+    fn weighted_sum(self, kernels: &dyn Kernels, rows: &[u8], weights: &[f32], out: &mut [f32]) {
+        match self {
+            Self::F32 => kernels.weighted_sum(Float::F32, rows, weights, out),
+            Self::F16 => kernels.weighted_sum(Float::F16, rows, weights, out),
+            Self::Q8 => kernels.weighted_sum_q8(rows, weights, out),
         }
     }
 }
@@ -43,7 +58,7 @@ pub struct KvShape {
 impl KvShape {
     /// Bytes of the cache of keys, or of values.
     pub const fn bytes(&self, format: KvFormat) -> usize {
-        self.kv_heads * self.capacity * self.head_dim * format.bytes()
+        self.kv_heads * self.capacity * format.row_bytes(self.head_dim)
     }
 }
 
@@ -58,16 +73,15 @@ pub fn kv_store(format: KvFormat, shape: &KvShape, cache: &mut [u8], pos: usize,
     if x.is_empty() {
         return;
     }
-    let row = shape.head_dim * format.bytes();
+    let row = format.row_bytes(shape.head_dim);
+    let kernels = Backend::detect().kernels();
     for (head, x) in x.chunks_exact(shape.head_dim).enumerate() {
         let at = (head * shape.capacity + pos) * row;
         let out = &mut cache[at..at + row];
         match format {
             KvFormat::F32 => out.as_chunks_mut().0.iter_mut().zip(x).for_each(|(o, x)| *o = x.to_le_bytes()),
-            KvFormat::F16 => {
-                let halves = out.as_chunks_mut().0.iter_mut();
-                halves.zip(x).for_each(|(o, x)| *o = half::f16::from_f32(*x).to_le_bytes());
-            }
+            KvFormat::F16 => kernels.store_f16(x, out),
+            KvFormat::Q8 => kv8::store(x, out),
         }
     }
 }
@@ -115,7 +129,7 @@ pub fn attention(
     assert!(shape.kv_heads > 0 && heads.is_multiple_of(shape.kv_heads), "heads share key heads evenly");
     let group = heads / shape.kv_heads;
     let kernels = exec.backend.kernels();
-    let row = dim * format.bytes();
+    let row = format.row_bytes(dim);
     let span = if window == 0 { pos0 + tokens } else { window.min(pos0 + tokens) };
     let parts = parts(exec, tokens * width * span, heads);
     split_columns(exec, parts, out, width, dim, scratch, &|range, columns: &mut Columns<'_>, scores| {
@@ -127,11 +141,11 @@ pub fn attention(
                 let start = if window == 0 { 0 } else { end.saturating_sub(window) };
                 let scores = &mut scores[..end - start];
                 let q = &q[token * width + head * dim..][..dim];
-                kernels.dot_rows(format.float(), &k[start * row..end * row], q, scores);
+                format.dot_rows(kernels, &k[start * row..end * row], q, scores);
                 kernels.scale(scores, scale);
                 kernels.softmax(scores);
                 let out = &mut columns.row(token)[head * dim - range.start..][..dim];
-                kernels.weighted_sum(format.float(), &v[start * row..end * row], scores, out);
+                format.weighted_sum(kernels, &v[start * row..end * row], scores, out);
             }
         }
     });

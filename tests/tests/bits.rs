@@ -69,11 +69,11 @@ fn every_arena_from_the_least_on() {
     }
 }
 
-/// Every back-end of this machine, alone and in company, with f32 and f16 keys and values.
+/// Every back-end of this machine, alone and in company, with keys and values of every format.
 #[test]
 fn every_back_end_and_thread_count() {
     for (name, image) in images() {
-        for kv in [KvFormat::F32, KvFormat::F16] {
+        for kv in [KvFormat::F32, KvFormat::F16, KvFormat::Q8] {
             let scalar = Setup { backend: Some("scalar"), batch: 1, kv, ..Setup::default() };
             let want = run(&image, &scalar, &TOKENS).unwrap();
             for backend in Backend::all() {

@@ -149,6 +149,8 @@ enum Kv {
     F32,
     /// 16-bit floats.
     F16,
+    /// 8-bit integers with a scale for every 32.
+    Q8,
 }
 
 /// Where and with what a model runs. None of it changes a bit of the result, but for `--kv` and a policy that is not
@@ -204,6 +206,7 @@ impl MachineArgs {
             Kv::Auto => session::default_kv(model),
             Kv::F32 => KvFormat::F32,
             Kv::F16 => KvFormat::F16,
+            Kv::Q8 => KvFormat::Q8,
         }
     }
 

@@ -18,7 +18,7 @@ mod x86_64;
 
 use crate::activations::{ActSpec, Acts, TokenMut};
 use crate::reference::quant::QuantBlock;
-use crate::reference::{float, math, quant};
+use crate::reference::{float, kv8, math, quant};
 use crate::weights::ROW_BLOCK;
 
 /// Most tokens that one call of [`Kernels::quant_tile`] multiplies.
@@ -76,6 +76,18 @@ pub(crate) trait Kernels: Sync {
     /// `out` = sum over rows of `weights[row] * row`.
     fn weighted_sum(&self, format: Float, rows: &[u8], weights: &[f32], out: &mut [f32]) {
         float::weighted_sum(format, rows, weights, out);
+    }
+    /// As `dot_rows`, of rows of 8-bit keys.
+    fn dot_rows_q8(&self, rows: &[u8], x: &[f32], out: &mut [f32]) {
+        kv8::dot_rows(rows, x, out);
+    }
+    /// As `weighted_sum`, of rows of 8-bit values.
+    fn weighted_sum_q8(&self, rows: &[u8], weights: &[f32], out: &mut [f32]) {
+        kv8::weighted_sum(rows, weights, out);
+    }
+    /// Rounds to binary16, nearest even; `out` is two bytes an element.
+    fn store_f16(&self, x: &[f32], out: &mut [u8]) {
+        float::store_f16(x, out);
     }
     fn dot(&self, a: &[f32], b: &[f32]) -> f32 {
         float::dot(a, b)

@@ -136,6 +136,13 @@ pub(crate) fn f16_to_f32(bits: u16) -> f32 {
     f32::from_bits(magnitude.to_bits() | special | (bits & 0x8000) << 16)
 }
 
+/// Rounds to binary16, nearest even.
+pub(crate) fn store_f16(x: &[f32], out: &mut [u8]) {
+    for (x, out) in x.iter().zip(out.as_chunks_mut().0) {
+        *out = half::f16::from_f32(*x).to_le_bytes();
+    }
+}
+
 /// Inner product of a stored row with `x`.
 #[inline(always)]
 fn dot_element<E: Element>(row: &[u8], x: &[f32]) -> f32 {

@@ -4,5 +4,6 @@
 //! instruction set: the compiler neither fuses nor reorders float operations, so the bits stay.
 
 pub(crate) mod float;
+pub(crate) mod kv8;
 pub(crate) mod math;
 pub(crate) mod quant;

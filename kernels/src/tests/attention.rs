@@ -22,6 +22,24 @@ struct Case {
 
 const SCALE: f32 = 0.23;
 
+/// What a cache keeps of a head.
+fn kept(format: KvFormat, x: &[f32]) -> Vec<f32> {
+    match format {
+        KvFormat::F32 => x.to_vec(),
+        KvFormat::F16 => x.iter().map(|x| f16::from_f32(*x).to_f32()).collect(),
+        KvFormat::Q8 => {
+            let group = |x: &[f32]| {
+                let scale = f16::from_f32(x.iter().fold(0.0, |max: f32, x| max.max(x.abs())) / 127.0).to_f32();
+                let code = |x: &f32| (x * (1.0 / scale)).round_ties_even().clamp(-127.0, 127.0);
+                x.iter().map(|x| if scale == 0.0 { 0.0 } else { code(x) * scale }).collect::<Vec<_>>()
+            };
+            x.chunks(32).flat_map(group).collect()
+        }
+    }
+}
+
+const FORMATS: [KvFormat; 3] = [KvFormat::F32, KvFormat::F16, KvFormat::Q8];
+
 impl Case {
     fn new(rng: &mut Rng, shape: KvShape, format: KvFormat, group: usize, tokens: usize, window: usize) -> Self {
         let heads = shape.kv_heads * group;
@@ -34,8 +52,7 @@ impl Case {
             for (cache, stored) in [&mut keys, &mut values].into_iter().zip(&mut stored) {
                 let x = rng.normals(shape.kv_heads * shape.head_dim);
                 kv_store(format, &shape, cache, pos, &x);
-                let kept = |x: &f32| if format == KvFormat::F16 { f16::from_f32(*x).to_f32() } else { *x };
-                stored.extend(x.iter().map(kept));
+                x.chunks(shape.head_dim).for_each(|x| stored.extend(kept(format, x)));
             }
         }
         let q = rng.normals(tokens * heads * shape.head_dim);
@@ -97,12 +114,12 @@ proptest! {
     #[test]
     fn attention_is_right_and_the_same_everywhere(
         seed: u64, kv_heads in 1usize..4, group in 1usize..4, head_dim in 1usize..150,
-        tokens in 1usize..7, more in 0usize..80, window in 0usize..40, half: bool,
+        tokens in 1usize..7, more in 0usize..80, window in 0usize..40, format in 0usize..3, whole: bool,
     ) {
         let mut rng = Rng::new(seed);
+        let head_dim = if whole { head_dim.next_multiple_of(32) } else { head_dim };
         let shape = KvShape { kv_heads, head_dim, capacity: tokens + more };
-        let format = if half { KvFormat::F16 } else { KvFormat::F32 };
-        Case::new(&mut rng, shape, format, group, tokens, window).check();
+        Case::new(&mut rng, shape, FORMATS[format], group, tokens, window).check();
     }
 }
 
@@ -110,11 +127,37 @@ proptest! {
 fn long_contexts_split_over_workers() {
     let mut rng = Rng::new(30);
     let shape = KvShape { kv_heads: 4, head_dim: 64, capacity: 400 };
-    for format in [KvFormat::F16, KvFormat::F32] {
+    for format in FORMATS {
         let mut case = Case::new(&mut rng, shape, format, 2, 3, 0);
         case.check();
         case.window = 100;
         case.check();
+    }
+}
+
+#[test]
+fn eight_bits_keep_a_head_or_say_that_it_is_not_finite() {
+    let shape = KvShape { kv_heads: 1, head_dim: 40, capacity: 1 };
+    let keep = |x: &[f32]| {
+        let mut cache = vec![0x5a; shape.bytes(KvFormat::Q8)];
+        kv_store(KvFormat::Q8, &shape, &mut cache, 0, x);
+        let (mut scratch, mut out) = ([0.0; 16], vec![7.0; 40]);
+        let exec = Exec { backend: Backend::scalar(), workers: &Backwards(1) };
+        let q = [0.0; 40];
+        attention(&exec, KvFormat::Q8, &shape, &[0; 44], &cache, &q, 1, 1, 0, 0, 1.0, &mut scratch, &mut out);
+        out
+    };
+    let x: Vec<f32> = (0..40).map(|i| (i as f32 - 11.0) * 0.37).collect();
+    for (got, want) in keep(&x).iter().zip(&x) {
+        assert!((got - want).abs() <= 0.5 * 28.0 * 0.37 / 127.0 * 1.001, "{got} {want}");
+    }
+    assert!(keep(&[0.0; 40]).iter().all(|x| *x == 0.0));
+    assert!(keep(&[1e-9; 40]).iter().all(|x| *x == 0.0));
+    for bad in [f32::NAN, f32::INFINITY, 1e30] {
+        let mut x = x.clone();
+        x[35] = bad;
+        let kept = keep(&x);
+        assert!(kept[..32].iter().all(|x| x.is_finite()) && kept[32..].iter().all(|x| x.is_nan()));
     }
 }
 

@@ -35,6 +35,19 @@ pub(super) fn add_scaled(acc: &mut [f32], x: &[f32], w: f32) {
 pub(super) fn scale(x: &mut [f32], s: f32) {
     float::scale(x, s);
 }
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn store_f16(x: &[f32], out: &mut [u8]) {
+    let (eights, rest) = x.as_chunks::<8>();
+    let (out, rest_out) = out.split_at_mut(16 * eights.len());
+    for (x, out) in eights.iter().zip(out.as_chunks_mut::<16>().0) {
+        // SAFETY: `x` has 8 elements, `out` 16 bytes.
+        unsafe {
+            let halves = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(x.as_ptr()));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), halves);
+        }
+    }
+    float::store_f16(rest, rest_out);
+}
 #[target_feature(enable = "avx2")]
 pub(super) fn read_only(bytes: &[u8]) -> u64 {
     crate::arch::read_only(bytes)
@@ -123,12 +136,21 @@ fn dots<const FORMAT: u8, const R: usize>(bytes: usize, rows: [&[u8]; R], x: &[f
             }
         }
     }
-    sums.map(|[low, high]| {
-        let eight = _mm256_add_ps(low, high);
-        let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
-        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
-    })
+    let mut folded = [0.0; R];
+    for (folded, sums) in folded.iter_mut().zip(sums) {
+        *folded = fold(sums);
+    }
+    folded
+}
+
+/// The sum of 16 partial sums, in the definition's order.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn fold([low, high]: [__m256; 2]) -> f32 {
+    let eight = _mm256_add_ps(low, high);
+    let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
 }
 
 #[target_feature(enable = "avx2,f16c")]

@@ -9,6 +9,7 @@ mod acts;
 mod float;
 mod gemm;
 mod gemv;
+mod kv8;
 
 use crate::activations::{ActSpec, Acts, TokenMut};
 use crate::arch::{self, Float, Kernels};
@@ -54,6 +55,18 @@ impl Kernels for Avx2 {
     fn weighted_sum(&self, format: Float, rows: &[u8], weights: &[f32], out: &mut [f32]) {
         // SAFETY: as above.
         unsafe { float::weighted_sum(format, rows, weights, out) }
+    }
+    fn dot_rows_q8(&self, rows: &[u8], x: &[f32], out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { kv8::dot_rows(rows, x, out) }
+    }
+    fn weighted_sum_q8(&self, rows: &[u8], weights: &[f32], out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { kv8::weighted_sum(rows, weights, out) }
+    }
+    fn store_f16(&self, x: &[f32], out: &mut [u8]) {
+        // SAFETY: as above.
+        unsafe { float::store_f16(x, out) }
     }
     fn dot(&self, a: &[f32], b: &[f32]) -> f32 {
         // SAFETY: as above.
