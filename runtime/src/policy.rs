@@ -68,6 +68,9 @@ pub struct Policy {
     pub cache_keep: u8,
     /// Most levels that any unit is used with; more than a unit has is all of them.
     pub max_levels: u8,
+    /// Share of the neuron clusters that dense layers with predictors use, those that matter most to a token; 1 or more is
+    /// all of them, whatever is predicted.
+    pub neurons_kept: f32,
 }
 
 impl Default for Policy {
@@ -79,6 +82,7 @@ impl Default for Policy {
             cache_bias: 0.0,
             cache_keep: 1,
             max_levels: u8::MAX,
+            neurons_kept: 1.0,
         }
     }
 }

@@ -1,10 +1,12 @@
 //! `forebay convert`
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::Result;
 use clap::Args;
 use forebay::convert::{ConvertOptions, convert};
+use forebay::neurons::NeuronPlan;
 
 use super::{WeightArgs, check_output};
 use crate::host::models::Bar;
@@ -22,6 +24,10 @@ pub struct ConvertArgs {
     /// Alignment of everything that is read: a power of two from 512 to 1M, at least the device's block
     #[arg(long, value_name = "SIZE", default_value = "4096")]
     page: Size,
+    /// Put the neurons of dense layers in the order that `forebay calibrate` found, with what predicts the clusters that a
+    /// token needs
+    #[arg(long, value_name = "NEURONS")]
+    neurons: Option<PathBuf>,
     /// Report as JSON
     #[arg(long)]
     json: bool,
@@ -30,7 +36,9 @@ pub struct ConvertArgs {
 pub fn main(args: &ConvertArgs) -> Result<()> {
     use std::io::Write;
     check_output(&args.output)?;
-    let options = ConvertOptions { page: u32::try_from(args.page.bytes).unwrap_or(u32::MAX), ..args.weights.options() };
+    let neurons = args.neurons.as_deref().map(NeuronPlan::read).transpose()?.map(Arc::new);
+    let options =
+        ConvertOptions { neurons, page: u32::try_from(args.page.bytes).unwrap_or(u32::MAX), ..args.weights.options() };
     let mut bar = Bar::new("converting");
     let report = convert(&args.model, &args.output, &options, &mut bar);
     bar.finish();

@@ -2,6 +2,7 @@
 
 mod bench;
 mod boards;
+mod calibrate;
 mod chat;
 mod convert;
 mod flash_profile;
@@ -48,6 +49,8 @@ struct Cli {
 enum Command {
     /// Convert a Hugging Face folder or a GGUF file into an image.
     Convert(convert::ConvertArgs),
+    /// Find out which neurons of a model lie together best, and what predicts the ones that a token needs.
+    Calibrate(calibrate::CalibrateArgs),
     /// Generate text.
     Run(run::RunArgs),
     /// Measure tokens a second of prompt and of generation, or the kernels alone.
@@ -86,6 +89,7 @@ pub fn main() -> Result<()> {
     };
     match command {
         Command::Convert(args) => convert::main(&args),
+        Command::Calibrate(args) => calibrate::main(&args),
         Command::Run(args) => run::main(&args),
         Command::Bench(args) => bench::main(&args),
         Command::Chat(args) => chat::main(&args),
@@ -240,6 +244,13 @@ impl MachineArgs {
         let threads = self.threads();
         let (batch, kv) = (self.batch.min(batch), self.kv(image.model()));
         let (policy, deadline_ms) = self.policy.policy()?;
+        ensure!(
+            policy.neurons_kept >= 1.0 || (0..image.model().layer_count() as u16).any(|l| image.model().predicts(l)),
+            "--neurons-kept {}: {} cannot tell which neurons a token needs; make a neuron plan with `forebay calibrate` \
+             and convert the model with --neurons",
+            policy.neurons_kept,
+            found.file.path.display()
+        );
         let request = Request { context, batch, logit_rows, kv, threads, policy, extra };
         let plan = session::plan(&found.file, image, &request, &self.ram(found.bundled))?;
         Ok(Setup { plan, extra, backend, threads, store: self.store(), with_tokenizer, deadline_ms })

@@ -51,6 +51,10 @@ pub struct PolicyArgs {
     /// Choices of a token that --cache-bias leaves as they are
     #[arg(long, value_name = "N", default_value = "1")]
     cache_keep: u8,
+    /// Read and compute only about this share of the neurons of dense layers, those that a predictor expects to matter
+    /// to the token (changes the result); for images converted with --neurons
+    #[arg(long, value_name = "SHARE", default_value = "1", value_parser = super::fraction)]
+    neurons_kept: f32,
 }
 
 impl PolicyArgs {
@@ -76,6 +80,7 @@ impl PolicyArgs {
             prefetch: self.prefetch,
             cache_bias: self.cache_bias,
             cache_keep: self.cache_keep,
+            neurons_kept: self.neurons_kept,
             max_levels: self.levels.map_or(u8::MAX, |n| n.min(usize::from(u8::MAX)) as u8),
         };
         Ok((policy, self.deadline))

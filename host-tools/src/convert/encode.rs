@@ -27,11 +27,25 @@ pub(super) struct View<'a> {
     pub cols: u32,
     /// Width of a head whose rows are in the order of interleaved rotation, to be put in the order of halves.
     pub interleaved: Option<u32>,
+    /// Rows or columns that are taken one by one, instead of those from the first on.
+    pub picked: Option<Picked<'a>>,
+}
+
+/// Neurons in an order of their own.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Picked<'a> {
+    /// These rows.
+    Rows(&'a [u32]),
+    /// These columns.
+    Cols(&'a [u32]),
 }
 
 impl View<'_> {
     /// The source row of row `row`.
     fn row(&self, row: u32) -> u64 {
+        if let Some(Picked::Rows(rows)) = self.picked {
+            return rows[row as usize].into();
+        }
         let row = match self.interleaved {
             None => row,
             Some(dim) => deinterleave(row, dim),
@@ -106,6 +120,7 @@ pub(super) type Tallies = BTreeMap<String, Tally>;
 pub(super) struct Scratch {
     raw: Vec<u8>,
     row: Vec<f32>,
+    whole: Vec<f32>,
     codes: Vec<u8>,
     scales: Vec<f16>,
     minima: Vec<f16>,
@@ -148,6 +163,8 @@ pub(super) fn encode(
     let (groups, cols) = (shape.groups(), shape.cols as usize);
     let import =
         imports(source.dtype(view.tensor)?, q) && view.first_col.is_multiple_of(32) && view.cols.is_multiple_of(32);
+    // Columns of other groups share no scale.
+    let import = import && !matches!(view.picked, Some(Picked::Cols(_)));
     let mut rest: Vec<&mut [u8]> = fields.iter_mut().map(|f| &mut **f).collect();
     let mut scales_rest = scales;
     for block in blocks {
@@ -161,6 +178,9 @@ pub(super) fn encode(
         scratch.minima.resize(rows * groups, f16::ZERO);
         for r in 0..rows.min(view.rows.saturating_sub(first) as usize) {
             let row = view.row(first + r as u32);
+            if !import {
+                read_row(source, view, row, scratch)?;
+            }
             let target = Target {
                 codes: &mut scratch.codes[r * cols..][..cols],
                 scales: &mut scratch.scales[r * groups..][..groups],
@@ -169,7 +189,7 @@ pub(super) fn encode(
             if import {
                 import_row(source, view, row, q, &mut scratch.raw, target, &mut tally)?;
             } else {
-                quantise_row(source, view, row, q, (&mut scratch.raw, &mut scratch.row), target, &mut tally)?;
+                quantise_row(source, view, row, q, &scratch.row, target, &mut tally)?;
             }
         }
         let (block_scales, after) = scales_rest.split_at_mut(shape.block_scale_bytes());
@@ -195,6 +215,19 @@ struct Target<'a> {
 
 fn columns(view: &View<'_>) -> Range<u64> {
     view.first_col..view.first_col + u64::from(view.cols)
+}
+
+/// Reads the view's columns of source row `row` into `scratch.row`.
+fn read_row(source: &Source, view: &View<'_>, row: u64, scratch: &mut Scratch) -> Result<()> {
+    let Scratch { raw, row: values, whole, .. } = scratch;
+    values.resize(view.cols as usize, 0.0);
+    let Some(Picked::Cols(cols)) = view.picked else {
+        return source.read_f32(view.tensor, row, columns(view), raw, values);
+    };
+    whole.resize(usize::try_from(view.tensor.cols())?, 0.0);
+    source.read_f32(view.tensor, row, 0..view.tensor.cols(), raw, whole)?;
+    values.iter_mut().zip(cols).for_each(|(value, col)| *value = whole[*col as usize]);
+    Ok(())
 }
 
 fn import_row(
@@ -239,12 +272,10 @@ fn quantise_row(
     view: &View<'_>,
     row: u64,
     q: Quant,
-    (raw, values): (&mut Vec<u8>, &mut Vec<f32>),
+    values: &[f32],
     target: Target<'_>,
     tally: &mut Tally,
 ) -> Result<()> {
-    values.resize(view.cols as usize, 0.0);
-    source.read_f32(view.tensor, row, columns(view), raw, values)?;
     let len = q.group.len();
     let groups = values.chunks(len).zip(target.codes.chunks_mut(len)).enumerate();
     for (g, (x, codes)) in groups {
@@ -281,13 +312,12 @@ fn encode_floats(
     let bytes = if shape.encoding == Encoding::F32 { 4 } else { 2 };
     let row_bytes = shape.cols as usize * bytes;
     out.fill(0);
-    scratch.row.resize(view.cols as usize, 0.0);
     for (row, out) in rows.zip(out.chunks_mut(row_bytes)) {
         if row >= view.rows {
             break;
         }
         let from = view.row(row);
-        source.read_f32(view.tensor, from, columns(view), &mut scratch.raw, &mut scratch.row)?;
+        read_row(source, view, from, scratch)?;
         for (x, out) in scratch.row.iter().zip(out.chunks_exact_mut(bytes)) {
             let stored = match shape.encoding {
                 Encoding::F32 => {

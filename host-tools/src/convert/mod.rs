@@ -10,6 +10,7 @@ mod writer;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use forebay_kernels::weights::{Fields as CodeFields, Group};
@@ -24,6 +25,7 @@ pub use encode::{Tally, encoding_name};
 
 use crate::arch::{self, Architecture, FeedForward, Mixer, Model};
 use crate::gguf::{self, Gguf};
+use crate::neurons::NeuronPlan;
 use crate::source::{Fields, Format, Key, Source, read_json};
 use crate::tokenizer::{GgufTokenizer, TokenizerSource, from_gguf_fields};
 
@@ -106,6 +108,8 @@ pub struct ConvertOptions {
     pub unit_fields: Option<CodeFields>,
     /// Threads; `None` is one a processor.
     pub threads: Option<usize>,
+    /// Order, clusters and predictors of dense layers' neurons; sets their `unit_width`.
+    pub neurons: Option<Arc<NeuronPlan>>,
     /// Name of the model; `None` is the folder's or the GGUF file's.
     pub name: Option<String>,
 }
@@ -120,6 +124,7 @@ impl Default for ConvertOptions {
             unit_width: None,
             unit_fields: None,
             threads: None,
+            neurons: None,
             name: None,
         }
     }
@@ -353,6 +358,7 @@ fn metadata(source: &Source, name: &str, label: &str, options: &ConvertOptions) 
             "affine": options.affine,
             "page": options.page,
             "unit_width": options.unit_width,
+            "neurons": options.neurons.as_ref().map(|plan| plan.width),
             "unit_fields": options.unit_fields.map(CodeFields::widths),
         },
         "weights": label,

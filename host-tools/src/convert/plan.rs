@@ -7,9 +7,10 @@ use forebay_kernels::weights::{Encoding, Fields as CodeFields, Group, MatrixShap
 use forebay_runtime::model::record::{NO_LAYER, Role};
 use forebay_runtime::model::unit::UnitShape;
 
-use super::encode::{View, deinterleave};
+use super::encode::{Picked, View, deinterleave};
 use super::{ConvertOptions, WeightChoice};
 use crate::arch::{Architecture, FeedForward, Layer, Mixer, Model, Presence, QkNorm, Slot};
+use crate::neurons::NeuronPlan;
 use crate::quantize::{Grid, quantise_group};
 use crate::source::{DType, Source, SourceTensor};
 
@@ -27,7 +28,7 @@ const NARROWEST: u32 = 32;
 pub(super) enum Content<'a> {
     /// Encoded from the source.
     View(View<'a>),
-    /// Binary32 numbers, stored as they are.
+    /// Numbers, rounded to the float type of the shape.
     Values(Vec<f32>),
 }
 
@@ -197,7 +198,7 @@ impl<'a> Binder<'a> {
     fn matrix(&mut self, slot: Slot, layer: u16, rows: u32, cols: u32, presence: Presence) -> Result<Option<View<'a>>> {
         let Some(tensor) = self.find(slot, layer, 0, presence)? else { return Ok(None) };
         self.check(tensor, &[rows.into(), cols.into()])?;
-        Ok(Some(View { tensor, first_row: 0, rows, first_col: 0, cols, interleaved: None }))
+        Ok(Some(View { tensor, first_row: 0, rows, first_col: 0, cols, interleaved: None, picked: None }))
     }
 
     /// The matrix of an expert, which has a tensor of its own or is a part of one.
@@ -207,7 +208,7 @@ impl<'a> Binder<'a> {
         let shape = [of.into(), rows.into(), cols.into()];
         self.check(tensor, if own { &shape[1..] } else { &shape })?;
         let first_row = if own { 0 } else { u64::from(expert) * u64::from(rows) };
-        Ok(View { tensor, first_row, rows, first_col: 0, cols, interleaved: None })
+        Ok(View { tensor, first_row, rows, first_col: 0, cols, interleaved: None, picked: None })
     }
 }
 
@@ -216,8 +217,11 @@ pub(super) fn plan<'a>(
     source: &'a Source,
     architecture: &'static Architecture,
     model: &Model,
-    options: &ConvertOptions,
+    options: &'a ConvertOptions,
 ) -> Result<Plan<'a>> {
+    if let Some(neurons) = &options.neurons {
+        check_neurons(neurons, model, options)?;
+    }
     let choice = options.weights.or_else(|| (!source.is_gguf()).then_some(WeightChoice::Q4));
     if choice.is_none() && options.group.is_some() {
         bail!("a group length needs a choice of weights: without one, a GGUF file's own encodings are kept");
@@ -383,7 +387,7 @@ impl<'a> Parts<'a> {
         layer: u16,
         hidden: u32,
         chooser: &Chooser,
-        options: &ConvertOptions,
+        options: &'a ConvertOptions,
         expert_width: Option<u32>,
     ) -> Result<(Vec<Resident<'a>>, Units<'a>)> {
         let mut residents = Vec::new();
@@ -399,12 +403,13 @@ impl<'a> Parts<'a> {
             };
             residents.push(Resident { layer, role, shape, content });
         }
+        let neurons = options.neurons.as_ref().and_then(|plan| Some((plan.width, plan.layers.get(&layer)?)));
         let (unit_width, views) = match (self.experts, self.dense) {
             (Some(experts), _) => (self.width, experts),
             (None, Some(dense)) => {
                 let default = || default_width(source, &dense, self.width, hidden, chooser, expert_width);
-                let width = options.unit_width.map_or_else(default, Ok)?;
-                (width, clusters(&dense, self.width, width))
+                let width = neurons.map(|(width, _)| width).or(options.unit_width).map_or_else(default, Ok)?;
+                (width, clusters(&dense, self.width, width, neurons.map(|(_, neurons)| neurons.order.as_slice())))
             }
             (None, None) => bail!("layer {layer} has no feed-forward"),
         };
@@ -439,9 +444,19 @@ impl<'a> Parts<'a> {
                 );
             }
         }
-        for (role, view) in self.neuron_biases {
+        for (role, mut view) in self.neuron_biases {
+            view.picked = neurons.map(|(_, neurons)| Picked::Cols(&neurons.order));
             let shape = MatrixShape { rows: 1, cols: units * unit_width, encoding: Encoding::F32 };
             residents.push(Resident { layer, role, shape, content: Content::View(view) });
+        }
+        if let Some((_, neurons)) = neurons {
+            let mut add = |role, encoding, cols: usize, values: &[f32]| {
+                let shape = MatrixShape { rows: (values.len() / cols) as u32, cols: cols as u32, encoding };
+                residents.push(Resident { layer, role, shape, content: Content::Values(values.to_vec()) });
+            };
+            add(Role::ClusterGate, Encoding::F16, hidden as usize, &neurons.gate);
+            add(Role::ClusterBias, Encoding::F32, neurons.bias.len(), &neurons.bias);
+            add(Role::ClusterThresholds, Encoding::F32, neurons.thresholds.len(), &neurons.thresholds);
         }
         Ok((residents, Units { shape, views }))
     }
@@ -493,15 +508,54 @@ fn default_width(
     Ok(best)
 }
 
-/// Cuts a dense feed-forward of `width` neurons into clusters of `unit_width`, the last one padded.
-fn clusters<'a>(dense: &[View<'a>; 3], width: u32, unit_width: u32) -> Vec<[View<'a>; 3]> {
+/// Refuses a plan that was made for another model, or that the options contradict.
+fn check_neurons(neurons: &NeuronPlan, model: &Model, options: &ConvertOptions) -> Result<()> {
+    let remedy = "calibrate an image of this very model";
+    ensure!(
+        neurons.hidden == model.hidden,
+        "the neuron plan is for a model of width {}, but this one has {}; {remedy}",
+        neurons.hidden,
+        model.hidden
+    );
+    ensure!(
+        options.unit_width.is_none_or(|width| width == neurons.width),
+        "the neuron plan is for clusters of {} neurons, not {}",
+        neurons.width,
+        options.unit_width.unwrap_or_default()
+    );
+    if let Some(layer) = neurons.layers.keys().find(|l| usize::from(**l) >= model.layers.len()) {
+        bail!("the neuron plan is for a layer {layer}, which this model does not have; {remedy}");
+    }
+    for (l, layer) in (0u16..).zip(&model.layers) {
+        let planned = neurons.layers.get(&l).map(|layer| layer.order.len());
+        let found = match &layer.feed_forward {
+            FeedForward::Dense { width, .. } => Some(*width as usize),
+            FeedForward::Experts { .. } => None,
+        };
+        let text = |n: Option<usize>| n.map_or("no dense neurons".into(), |n| format!("{n} dense neurons"));
+        ensure!(
+            planned == found,
+            "the neuron plan has {} for layer {l}, but the model has {} there; {remedy}",
+            text(planned),
+            text(found)
+        );
+    }
+    Ok(())
+}
+
+/// Cuts a dense feed-forward of `width` neurons into clusters of `unit_width`, the last one padded; in `order`, if
+/// there is one.
+fn clusters<'a>(dense: &[View<'a>; 3], width: u32, unit_width: u32, order: Option<&'a [u32]>) -> Vec<[View<'a>; 3]> {
     let [gate, up, down] = dense;
     (0..width.div_ceil(unit_width))
         .map(|u| {
             let first = u * unit_width;
             let n = unit_width.min(width - first);
-            let rows = |v: &View<'a>| View { first_row: first.into(), rows: n, ..v.clone() };
-            [rows(gate), rows(up), View { first_col: first.into(), cols: n, ..down.clone() }]
+            let picked = order.map(|order| &order[first as usize..][..n as usize]);
+            let rows =
+                |v: &View<'a>| View { first_row: first.into(), rows: n, picked: picked.map(Picked::Rows), ..v.clone() };
+            let cols = View { first_col: first.into(), cols: n, picked: picked.map(Picked::Cols), ..down.clone() };
+            [rows(gate), rows(up), cols]
         })
         .collect()
 }

@@ -13,6 +13,7 @@ use forebay_runtime::model::record::{LayerRecord, MatrixRecord, ModelRecord, NO_
 use forebay_storage::image::{
     ExtentKind, ExtentRecord, ExtentTable, SUPERBLOCK_SLOT, Section, SectionKind, Superblock, crc32c, data_start,
 };
+use half::f16;
 use zerocopy::IntoBytes;
 
 use super::encode::{Scratch, Tallies, encode, encoding_name};
@@ -354,7 +355,13 @@ fn encode_resident(
     let view = match &resident.content {
         Content::View(view) => view,
         Content::Values(values) => {
-            file.write_all_at(values.as_bytes(), offset)?;
+            match shape.encoding {
+                Encoding::F16 => {
+                    let bytes: Vec<u8> = values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect();
+                    file.write_all_at(&bytes, offset)?;
+                }
+                _ => file.write_all_at(values.as_bytes(), offset)?,
+            }
             return Ok(Done { tallies: Tallies::new(), bytes: shape.bytes(), crcs: Vec::new() });
         }
     };

@@ -20,6 +20,8 @@ pub struct PolicyReport {
     cache_keep: u8,
     /// The most levels used, where that is not all.
     max_levels: Option<u8>,
+    /// Share of the dense layers' neurons that was asked for, where that is not all.
+    neurons_kept: Option<f32>,
 }
 
 impl PolicyReport {
@@ -40,6 +42,7 @@ impl PolicyReport {
             cache_bias: policy.cache_bias,
             cache_keep: policy.cache_keep,
             max_levels: (policy.max_levels != u8::MAX).then_some(policy.max_levels),
+            neurons_kept: (policy.neurons_kept < 1.0).then_some(policy.neurons_kept),
         }
     }
 
@@ -61,6 +64,9 @@ impl PolicyReport {
         }
         if let Some(levels) = self.max_levels {
             text += &format!(", at most {levels} levels");
+        }
+        if let Some(share) = self.neurons_kept {
+            text += &format!(", a share of {share} of the dense neurons");
         }
         text
     }
@@ -86,6 +92,8 @@ pub struct Accounting {
     precision_shares: Vec<f64>,
     /// Share of the routing weight that was left out.
     skipped_weight: f64,
+    /// Share of the neurons of dense layers with predictors that was used, where some could be left out.
+    neurons_used: Option<f64>,
     rerouted: u64,
     replaced: u64,
     retries: u64,
@@ -139,6 +147,9 @@ impl Counts {
                 .then(|| share((now.foreseen - then.foreseen) as f64, foreseeable as f64)),
             precision_shares: precisions[..levels].iter().map(|n| share(*n as f64, used as f64)).collect(),
             skipped_weight: share(now.skipped - then.skipped, (now.routings - then.routings) as f64),
+            neurons_used: (now.cluster_all > then.cluster_all).then(|| {
+                share((now.cluster_uses - then.cluster_uses) as f64, (now.cluster_all - then.cluster_all) as f64)
+            }),
             rerouted: now.rerouted - then.rerouted,
             replaced: now.replaced - then.replaced,
             retries: now.retries - then.retries,
@@ -180,6 +191,9 @@ impl Accounting {
                 "read ahead",
                 format!("{} pieces, {} of them for nothing{accuracy}", self.prefetched, self.prefetch_wasted),
             ));
+        }
+        if let Some(used) = self.neurons_used {
+            rows.push(("neurons", format!("{:.1} % of the dense layers' used", 100.0 * used)));
         }
         if self.precision_shares.len() > 1 {
             let name = |levels: usize| match levels {

@@ -437,6 +437,13 @@ impl Session<'_, '_> {
         self.started.elapsed()
     }
 
+    /// Feeds `tokens`, watched by `observer`.
+    pub fn watch(&mut self, tokens: &[u32], output: Output, observer: &mut impl Observer) -> Result<()> {
+        let exec = Exec { backend: self.backend, workers: &self.workers };
+        drive::prefill(&mut self.engine, &mut self.store, &exec, tokens, output, observer, |_, _| ())
+            .map_err(|e| self.explain(e))
+    }
+
     /// Starts a new sequence.
     pub fn reset(&mut self) -> Result<()> {
         self.engine.reset().map_err(|e| self.explain(e))

@@ -2,14 +2,15 @@
 //!
 //! PowerInfer-2 (2406.06282, section 4) reads only the neurons that a predictor expects to be active. Here a unit is a
 //! cluster of neurons, and the predictor is one product with the feed-forward's input: a cluster is kept where its score
-//! is above a threshold. One threshold serves all layers; it comes from a table that was calibrated to the share of
-//! clusters that are kept. With a share of 1 nothing is predicted, and every cluster is used.
+//! is above its layer's threshold. The threshold comes from a table that was calibrated to the share of all clusters that
+//! are kept, so that layers which can spare more give up more. With a share of 1 nothing is predicted, and
+//! every cluster is used: the exact result. The result for another share depends on image and tokens alone.
 
 use forebay_kernels::exec::Exec;
 
 use super::compute::{add_bias, project};
 use super::{Engine, EngineError, Phase, UnitNeed};
-use crate::model::record::{Role, Router};
+use crate::model::record::Role;
 
 /// Whether a cluster with this score is kept. A score that is no number keeps it: a damaged predictor leaves nothing
 /// out.
@@ -21,7 +22,7 @@ pub(super) fn keeps(score: f32, threshold: f32) -> bool {
 /// `0..=n` keeps `i / n`.
 fn threshold(table: &[f32], share: f32) -> f32 {
     let steps = table.len().saturating_sub(1);
-    let at = share * steps as f32;
+    let at = share.clamp(0.0, 1.0) * steps as f32;
     let below = (at as usize).min(steps.saturating_sub(1));
     match table.get(below..below + 2) {
         Some(&[low, high]) => low + (high - low) * (at - below as f32),
@@ -30,34 +31,13 @@ fn threshold(table: &[f32], share: f32) -> f32 {
     }
 }
 
-impl<'a> Engine<'a> {
-    /// Uses only about this share (0 to 1) of the neuron clusters of dense layers that have a predictor: the ones that
-    /// it expects to matter for the token. 1, the default, uses all of them: the exact result. The result for a share
-    /// depends on image and tokens alone. Returns whether the model has any predictor.
-    ///
-    /// # Errors
-    /// [`EngineError::Busy`] if tokens are being computed.
-    pub fn keep_clusters(&mut self, share: f32) -> Result<bool, EngineError> {
-        if self.phase != Phase::Idle {
-            return Err(EngineError::Busy);
-        }
-        self.share = share.clamp(0.0, 1.0);
-        let mut any = false;
-        for (index, layer) in self.layers.iter_mut().flatten().enumerate() {
-            let predicts = layer.shape.router == Router::All && self.model.predicts(index as u16);
-            // A share that is no number is no share.
-            layer.sparse = predicts && self.share < 1.0;
-            any |= predicts;
-        }
-        Ok(any)
-    }
-
+impl Engine<'_> {
     /// Scores the layer's clusters for every token and lists those that any token keeps.
     pub(super) fn choose_clusters(&mut self, exec: &Exec<'_>, index: usize) -> Result<(), EngineError> {
         let (units, levels) = (self.layer(index)?.shape.units, self.layer(index)?.levels);
         let tensors = self.layer_tensors(index)?;
         let (gate, bias) = (tensors.matrix(Role::ClusterGate)?, tensors.vector(Role::ClusterBias)?);
-        self.threshold = threshold(self.global_tensors()?.vector(Role::ClusterThresholds)?, self.share);
+        self.threshold = threshold(tensors.vector(Role::ClusterThresholds)?, self.plan.limits.policy.neurons_kept);
         let (n, b) = (self.count, &mut self.buffers);
         let scores = &mut b.scores[..n * units];
         project(exec, &b.normed[..n * self.model.hidden()], n, b.acts, &mut [(gate, &mut *scores)]);

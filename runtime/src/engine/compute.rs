@@ -91,7 +91,7 @@ fn add_residual(residual: &mut [f32], output: &[f32], scale: f32) {
 }
 
 impl<'a> Engine<'a> {
-    pub(super) fn global_tensors(&self) -> Result<Tensors<'a>, EngineError> {
+    fn global_tensors(&self) -> Result<Tensors<'a>, EngineError> {
         let bytes = self.global.ready().ok_or(MISSING)?;
         Ok(Tensors { model: self.model, layer: NO_LAYER, bytes })
     }

@@ -298,9 +298,7 @@ pub struct Engine<'a> {
     rotated: Option<f32>,
     /// Needs of the present layer.
     need_count: usize,
-    /// Share of the neuron clusters that is kept where there are predictors.
-    share: f32,
-    /// Scores above this, or that are no numbers, keep a cluster: the share's, once a layer was routed with it.
+    /// Scores of the present layer's clusters above this keep them.
     threshold: f32,
     /// Number in its layer of the unit that the last step computed, and for how many tokens.
     computed: Option<(u16, usize)>,
@@ -401,7 +399,6 @@ impl<'a> Engine<'a> {
             count: 0,
             rotated: None,
             need_count: 0,
-            share: 1.0,
             threshold: 0.0,
             computed: None,
             predicted_count: 0,
@@ -611,7 +608,9 @@ impl<'a> LayerState<'a> {
             shape,
             group,
             unit_base,
-            sparse: false,
+            sparse: shape.router == Router::All
+                && model.predicts(index as u16)
+                && plan.limits.policy.neurons_kept < 1.0,
             levels: unit_levels(&shape, &plan.limits.policy) as u8,
             range: (0.0, 0),
             stats: LayerStats::default(),

@@ -470,10 +470,6 @@ impl<'a> Model<'a> {
         if let Some(t) = self.tensor(NO_LAYER, Role::RopeInvFreq) {
             self.check_tensor(NO_LAYER, Role::RopeInvFreq, 1, t.shape.cols, true)?;
         }
-        if let Some(t) = self.tensor(NO_LAYER, Role::ClusterThresholds) {
-            // At least the thresholds of nothing and of everything.
-            self.check_tensor(NO_LAYER, Role::ClusterThresholds, 1, t.shape.cols.max(2), true)?;
-        }
         Ok(())
     }
 
@@ -493,9 +489,10 @@ impl<'a> Model<'a> {
         }
         if self.predicts(layer) {
             // A predictor's parts belong together.
-            for (layer, role) in [(layer, Role::ClusterBias), (NO_LAYER, Role::ClusterThresholds)] {
-                self.tensor(layer, role).ok_or(ModelError::Missing { place: Place(layer), role })?;
-            }
+            self.tensor(layer, Role::ClusterBias).ok_or(ModelError::Missing { place, role: Role::ClusterBias })?;
+            // At least the thresholds of nothing and of everything.
+            let cols = self.tensor(layer, Role::ClusterThresholds).map_or(2, |t| t.shape.cols.max(2));
+            self.check_tensor(layer, Role::ClusterThresholds, 1, cols, true)?;
         }
         if shape.rope {
             let t = self

@@ -264,8 +264,8 @@ pub enum Role {
     ClusterGate = 48,
     /// Bias of that predictor, f32 [1, units].
     ClusterBias = 49,
-    /// Of no layer: thresholds on the predictors' scores, f32 [1, n + 1]. Entry `i` keeps a share of `i / n` of all
-    /// clusters on the calibration text.
+    /// Thresholds on that predictor's scores, f32 [1, n + 1]. Entry `i` is the one with which a share of `i / n` of the
+    /// clusters of all layers was kept on the calibration text.
     ClusterThresholds = 50,
 }
 
