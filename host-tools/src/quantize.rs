@@ -3,7 +3,8 @@
 //! For 1 to 4 bits the scale is searched: every candidate is rounded to codes, the scale (and minimum) that fit
 //! those codes best follow by least squares, and the best pair is refined by rounding and fitting again, as in
 //! Lloyd's algorithm (IEEE Trans. Inf. Theory 28 (2), 1982) and the `make_qx_quants` and `make_qkx2_quants` of
-//! GGML. All errors are measured with the scale and minimum rounded to binary16, as they are stored. Sums run in
+//! GGML. Where the first bits of a code are to be useful alone, the errors of these prefixes are added to the one that is
+//! minimised. All errors are measured with the scale and minimum rounded to binary16, as they are stored. Sums run in
 //! eight fixed lanes, so results do not depend on the machine.
 
 use half::f16;
@@ -58,6 +59,11 @@ impl Grid {
         (f32::from(self.zero_x2) / 2.0 - minimum.to_f32() / scale.to_f32()).round().clamp(0.0, top) as u8
     }
 
+    /// The value of the codes that share all but the last `dropped` bits with `code`, before any gain.
+    pub fn prefix_weight(self, code: u8, dropped: u8, scale: f16, minimum: f16) -> f32 {
+        scale.to_f32() * (middle(f32::from(code), dropped) - f32::from(self.zero_x2) / 2.0) + minimum.to_f32()
+    }
+
     /// The weight of `code`.
     pub fn weight(self, code: u8, scale: f16, minimum: f16) -> f32 {
         let scale = scale.to_f32();
@@ -68,15 +74,55 @@ impl Grid {
     }
 }
 
+/// A precision below that of the whole code: its first bits, for which the middle of what they leave open stands,
+/// multiplied by a gain.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Prefix {
+    /// Bits of the code that are left out; fewer than the code has.
+    pub dropped: u8,
+    /// What this precision's squared error counts, that of the whole code being 1.
+    pub weight: f32,
+    /// The gain that is expected. The one that fits best is known only when a whole matrix is quantised.
+    pub gain: f32,
+}
+
+impl Prefix {
+    /// The prefix without the last `dropped` bits, with the weight and gain that were found best for trained weights
+    /// (`docs/BENCHMARKS.md`).
+    pub const fn new(dropped: u8) -> Self {
+        let (weight, gain) = match dropped {
+            1 => (0.05, 0.985),
+            2 => (0.05, 0.93),
+            _ => (0.01, 0.69),
+        };
+        Self { dropped, weight, gain }
+    }
+}
+
+/// The middle of the codes that share all but the last `dropped` bits with `code`.
+fn middle(code: f32, dropped: u8) -> f32 {
+    let step = f32::from(1u8 << dropped);
+    // Codes are whole numbers, so this rounds down and never meets a half.
+    let part = ((code / step - (0.5 - 0.5 / step)) + ROUND) - ROUND;
+    part * step + 0.5 * (step - 1.0)
+}
+
 /// Quantises the group `x`, at most 128 weights, into `codes` of the same length. Returns scale and minimum.
 ///
 /// All weights must be finite. Returns `None` if they are too large for a binary16 scale.
 pub fn quantise_group(x: &[f32], grid: Grid, codes: &mut [u8]) -> Option<(f16, f16)> {
+    quantise_nested(x, grid, &[], codes)
+}
+
+/// As [`quantise_group`], with the scale (and minimum) that suits `prefixes` of the codes too. Without prefixes, and
+/// with signed codes of 8 bits, it is the same.
+pub fn quantise_nested(x: &[f32], grid: Grid, prefixes: &[Prefix], codes: &mut [u8]) -> Option<(f16, f16)> {
     debug_assert!(x.len() <= MAX_GROUP && x.len() == codes.len());
+    let target = Target { x, grid, prefixes };
     let fit = match grid {
         Grid { bits: 8, .. } => return eight_bits(x, codes),
-        Grid { affine: true, .. } => affine(x, grid),
-        _ => symmetric(x, grid),
+        Grid { affine: true, .. } => target.affine(),
+        _ => target.symmetric(),
     };
     for (code, q) in codes.iter_mut().zip(&fit.codes) {
         *code = *q as u8;
@@ -102,21 +148,12 @@ struct Fit {
     error: f32,
 }
 
-impl Fit {
-    /// Rounds `x` to the codes of `scale` and `minimum` as they will be stored.
-    fn new(x: &[f32], grid: Grid, scale: f32, minimum: f32) -> Self {
-        let (scale, minimum) = (f16::from_f32(scale), f16::from_f32(minimum));
-        let (s, m) = (scale.to_f32(), minimum.to_f32());
-        let inverse = if s == 0.0 { 0.0 } else { 1.0 / s };
-        let mut codes = [0.0; MAX_GROUP];
-        round(x, grid, inverse, m, &mut codes);
-        let zero = f32::from(grid.zero_x2) / 2.0;
-        let error = sum(x, &codes, |x, q| {
-            let e = s * (q - zero) + m - x;
-            e * e
-        });
-        Self { scale, minimum, codes, error: if error.is_finite() { error } else { f32::INFINITY } }
-    }
+/// What is to be approximated: the weights, by codes of the grid and by prefixes of them.
+#[derive(Clone, Copy)]
+struct Target<'a> {
+    x: &'a [f32],
+    grid: Grid,
+    prefixes: &'a [Prefix],
 }
 
 /// The nearest codes.
@@ -146,68 +183,115 @@ fn sum(x: &[f32], q: &[f32; MAX_GROUP], f: impl Fn(f32, f32) -> f32) -> f32 {
     ((a + e) + (c + g)) + ((b + f) + (d + h))
 }
 
-/// The scale for `codes` by least squares, and how much of the square sum it explains.
-fn fit_scale(x: &[f32], codes: &[f32; MAX_GROUP], zero: f32) -> (f32, f32) {
-    let xl = sum(x, codes, |x, q| x * (q - zero));
-    let ll = sum(x, codes, |_, q| (q - zero) * (q - zero));
-    if ll > 0.0 { (xl / ll, xl * xl / ll) } else { (0.0, 0.0) }
-}
-
-fn symmetric(x: &[f32], grid: Grid) -> Fit {
-    // With a code for zero, one side has a code more, and the sign of the scale decides which.
-    let signs: &[f32] = if grid.zero_x2.is_multiple_of(2) { &[-1.0, 1.0] } else { &[1.0] };
-    let extreme = x.iter().fold(0.0f32, |a, &x| if x.abs() > a.abs() { x } else { a });
-    if extreme == 0.0 {
-        return Fit::new(x, grid, 0.0, 0.0);
-    }
-    let zero = f32::from(grid.zero_x2) / 2.0;
-    let mut codes = [0.0; MAX_GROUP];
-    let (mut scale, mut explained) = (0.0, -1.0);
-    for i in 0..CANDIDATES {
-        // From clipping half of the range away to leaving a quarter unused.
-        let shrink = 0.5 + 0.75 * i as f32 / (CANDIDATES - 1) as f32;
-        for &sign in signs {
-            round(x, grid, sign * zero / (extreme * shrink), 0.0, &mut codes);
-            let (s, e) = fit_scale(x, &codes, zero);
-            if e > explained {
-                (scale, explained) = (s, e);
-            }
+impl Target<'_> {
+    /// Rounds the weights to the codes of `scale` and `minimum` as they will be stored.
+    fn rounded(&self, scale: f32, minimum: f32) -> Fit {
+        let (scale, minimum) = (f16::from_f32(scale), f16::from_f32(minimum));
+        let (s, m) = (scale.to_f32(), minimum.to_f32());
+        let inverse = if s == 0.0 { 0.0 } else { 1.0 / s };
+        let mut codes = [0.0; MAX_GROUP];
+        round(self.x, self.grid, inverse, m, &mut codes);
+        let zero = self.zero();
+        let mut error = sum(self.x, &codes, |x, q| {
+            let e = s * (q - zero) + m - x;
+            e * e
+        });
+        for p in self.prefixes {
+            error += p.weight
+                * sum(self.x, &codes, |x, q| {
+                    let e = p.gain * (s * (middle(q, p.dropped) - zero) + m) - x;
+                    e * e
+                });
         }
+        Fit { scale, minimum, codes, error: if error.is_finite() { error } else { f32::INFINITY } }
     }
-    refine(Fit::new(x, grid, scale, 0.0), |codes| Fit::new(x, grid, fit_scale(x, codes, zero).0, 0.0))
-}
 
-fn affine(x: &[f32], grid: Grid) -> Fit {
-    let (least, most) = x.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(a, b), &x| (a.min(x), b.max(x)));
-    let top = f32::from((1u8 << grid.bits) - 1);
-    let fit = |codes: &[f32; MAX_GROUP]| {
-        let n = x.len() as f32;
-        let (sx, sq) = (sum(x, codes, |x, _| x), sum(x, codes, |_, q| q));
-        let (xq, qq) = (sum(x, codes, |x, q| x * q), sum(x, codes, |_, q| q * q));
+    fn zero(&self) -> f32 {
+        f32::from(self.grid.zero_x2) / 2.0
+    }
+
+    /// The scale for `codes` by least squares, and how much of the square sum it explains.
+    fn fit_scale(&self, codes: &[f32; MAX_GROUP]) -> (f32, f32) {
+        let zero = self.zero();
+        let mut xl = sum(self.x, codes, |x, q| x * (q - zero));
+        let mut ll = sum(self.x, codes, |_, q| (q - zero) * (q - zero));
+        for p in self.prefixes {
+            let level = |q| p.gain * (middle(q, p.dropped) - zero);
+            xl += p.weight * sum(self.x, codes, |x, q| x * level(q));
+            ll += p.weight * sum(self.x, codes, |_, q| level(q) * level(q));
+        }
+        if ll > 0.0 { (xl / ll, xl * xl / ll) } else { (0.0, 0.0) }
+    }
+
+    /// Scale and minimum for `codes` by least squares.
+    fn fit_line(&self, codes: &[f32; MAX_GROUP]) -> Fit {
+        let x = self.x;
+        let sx = sum(x, codes, |x, _| x);
+        let (mut n, mut bx) = (x.len() as f32, sx);
+        let (mut sq, mut xq) = (sum(x, codes, |_, q| q), sum(x, codes, |x, q| x * q));
+        let mut qq = sum(x, codes, |_, q| q * q);
+        for p in self.prefixes {
+            let (once, twice) = (p.weight * p.gain, p.weight * p.gain * p.gain);
+            n += twice * x.len() as f32;
+            bx += once * sx;
+            sq += twice * sum(x, codes, |_, q| middle(q, p.dropped));
+            xq += once * sum(x, codes, |x, q| x * middle(q, p.dropped));
+            qq += twice * sum(x, codes, |_, q| middle(q, p.dropped) * middle(q, p.dropped));
+        }
         let det = n * qq - sq * sq;
         if det > 0.0 {
-            let scale = (n * xq - sx * sq) / det;
-            Fit::new(x, grid, scale, (sx - scale * sq) / n)
+            let scale = (n * xq - bx * sq) / det;
+            self.rounded(scale, (bx - scale * sq) / n)
         } else {
-            Fit::new(x, grid, 0.0, sx / n)
-        }
-    };
-    let mut best = Fit::new(x, grid, (most - least) / top, least);
-    if most <= least {
-        return best;
-    }
-    let mut codes = [0.0; MAX_GROUP];
-    let middle = (most + least) / 2.0;
-    for i in 0..CANDIDATES {
-        let shrink = 0.55 + 0.5 * i as f32 / (CANDIDATES - 1) as f32;
-        let range = (most - least) * shrink;
-        round(x, grid, top / range, middle - range / 2.0, &mut codes);
-        let fitted = fit(&codes);
-        if fitted.error < best.error {
-            best = fitted;
+            self.rounded(0.0, bx / n)
         }
     }
-    refine(best, fit)
+
+    fn symmetric(&self) -> Fit {
+        let Self { x, grid, .. } = *self;
+        // With a code for zero, one side has a code more, and the sign of the scale decides which.
+        let signs: &[f32] = if grid.zero_x2.is_multiple_of(2) { &[-1.0, 1.0] } else { &[1.0] };
+        let extreme = x.iter().fold(0.0f32, |a, &x| if x.abs() > a.abs() { x } else { a });
+        if extreme == 0.0 {
+            return self.rounded(0.0, 0.0);
+        }
+        let mut codes = [0.0; MAX_GROUP];
+        let (mut scale, mut best) = (0.0, f32::NEG_INFINITY);
+        for i in 0..CANDIDATES {
+            // From clipping half of the range away to leaving a quarter unused.
+            let shrink = 0.5 + 0.75 * i as f32 / (CANDIDATES - 1) as f32;
+            for &sign in signs {
+                round(x, grid, sign * self.zero() / (extreme * shrink), 0.0, &mut codes);
+                let (s, explained) = self.fit_scale(&codes);
+                if explained > best {
+                    (scale, best) = (s, explained);
+                }
+            }
+        }
+        refine(self.rounded(scale, 0.0), |codes| self.rounded(self.fit_scale(codes).0, 0.0))
+    }
+
+    fn affine(&self) -> Fit {
+        let Self { x, grid, .. } = *self;
+        let (least, most) = x.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(a, b), &x| (a.min(x), b.max(x)));
+        let top = f32::from((1u8 << grid.bits) - 1);
+        let mut best = self.rounded((most - least) / top, least);
+        if most <= least {
+            return best;
+        }
+        let mut codes = [0.0; MAX_GROUP];
+        let middle = (most + least) / 2.0;
+        for i in 0..CANDIDATES {
+            let shrink = 0.55 + 0.5 * i as f32 / (CANDIDATES - 1) as f32;
+            let range = (most - least) * shrink;
+            round(x, grid, top / range, middle - range / 2.0, &mut codes);
+            let fitted = self.fit_line(&codes);
+            if fitted.error < best.error {
+                best = fitted;
+            }
+        }
+        refine(best, |codes| self.fit_line(codes))
+    }
 }
 
 fn refine(mut best: Fit, fit: impl Fn(&[f32; MAX_GROUP]) -> Fit) -> Fit {
@@ -278,6 +362,50 @@ mod tests {
                     assert!(found > last, "{grid:?}, group {group}: longer groups cost precision");
                     last = found;
                 }
+            }
+        }
+    }
+
+    /// A prefix gains much from what the whole code loses little by.
+    #[test]
+    fn prefixes_count_too() {
+        for grid in [Grid::with_zero(4), Grid::paired(4), Grid::affine(4)] {
+            for group in [32, 64, 128] {
+                let errors = |prefixes: &[Prefix]| {
+                    let mut codes = vec![0; group];
+                    let (mut whole, mut xv, mut vv, mut xx) = (0.0, 0.0, 0.0, 0.0);
+                    for x in normal(7, 1 << 14).chunks(group) {
+                        let (s, m) = quantise_nested(x, grid, prefixes, &mut codes).unwrap();
+                        for (x, q) in x.iter().zip(&codes) {
+                            let (x, value) = (f64::from(*x), f64::from(grid.prefix_weight(*q, 2, s, m)));
+                            whole += (f64::from(grid.weight(*q, s, m)) - x).powi(2);
+                            xv += x * value;
+                            vv += value * value;
+                            xx += x * x;
+                        }
+                    }
+                    // With the best gain, the error is what the values do not explain.
+                    (whole, xx - xv * xv / vv, xv / vv)
+                };
+                let (plain, nested) = (errors(&[]), errors(&[Prefix::new(2)]));
+                assert!(nested.0 < 1.04 * plain.0, "{grid:?} {group}: whole {} -> {}", plain.0, nested.0);
+                assert!(nested.1 < 0.97 * plain.1, "{grid:?} {group}: prefix {} -> {}", plain.1, nested.1);
+                assert!(
+                    (nested.2 - f64::from(Prefix::new(2).gain)).abs() < 0.05,
+                    "{grid:?} {group}: gain {}",
+                    nested.2
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn middles_of_ranges() {
+        for code in 0..16u8 {
+            for dropped in 0..4 {
+                let range = (0..16u8).filter(|other| other >> dropped == code >> dropped).map(f32::from);
+                let want = range.clone().sum::<f32>() / range.count() as f32;
+                assert_eq!(middle(code.into(), dropped), want);
             }
         }
     }

@@ -61,7 +61,9 @@ pub fn matmul(exec: &Exec<'_>, w: &MatrixRef<'_>, x: Input<'_>, tokens: usize, o
                     let at = block * FLOAT_ROWS;
                     let n = rows.len() / stride;
                     for (token, x) in x.chunks_exact(cols).enumerate() {
-                        kernels.dot_rows(format, rows, x, &mut columns.row(token)[at..at + n]);
+                        let out = &mut columns.row(token)[at..at + n];
+                        kernels.dot_rows(format, rows, x, out);
+                        apply_gain(w, out);
                     }
                 }
             });
@@ -76,12 +78,22 @@ pub fn matmul(exec: &Exec<'_>, w: &MatrixRef<'_>, x: Input<'_>, tokens: usize, o
                     let at = first_row - range.start;
                     let n = ROW_BLOCK.min(range.end - first_row);
                     kernels.quant_block(&block, &acts, &mut |token, products| {
-                        columns.row(token)[at..at + n].copy_from_slice(&products[..n]);
+                        let out = &mut columns.row(token)[at..at + n];
+                        out.copy_from_slice(&products[..n]);
+                        apply_gain(w, out);
                     });
                 }
             });
         }
         _ => panic!("float matrices take f32 inputs, quantised matrices quantised ones"),
+    }
+}
+
+/// Multiplies finished values by the matrix's gain.
+fn apply_gain(w: &MatrixRef<'_>, out: &mut [f32]) {
+    let gain = w.gain();
+    if gain != 1.0 {
+        out.iter_mut().for_each(|x| *x *= gain);
     }
 }
 
@@ -98,10 +110,12 @@ pub fn row_to_f32(w: &MatrixRef<'_>, row: usize, out: &mut [f32]) {
         Some(format) => {
             let stride = cols * format.bytes();
             format.to_f32(&w.fields()[0][row * stride..(row + 1) * stride], out);
+            apply_gain(w, out);
         }
         None => {
             if let Some(block) = QuantBlock::new(w, row / ROW_BLOCK) {
                 block.row_to_f32(row % ROW_BLOCK, out);
+                apply_gain(w, out);
             }
         }
     }

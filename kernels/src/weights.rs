@@ -214,13 +214,14 @@ impl MatrixShape {
 }
 
 /// A view of the regions of one matrix. `fields[..levels]` are present; computing with fewer levels than the
-/// encoding has gives the lower-precision product.
+/// encoding has gives the lower-precision product. Every value, and so every product, is multiplied by the gain.
 #[derive(Clone, Copy, Debug)]
 pub struct MatrixRef<'a> {
     shape: MatrixShape,
     scales: &'a [u8],
     fields: [&'a [u8]; MAX_FIELDS],
     levels: u8,
+    gain: f32,
 }
 
 impl<'a> MatrixRef<'a> {
@@ -236,7 +237,7 @@ impl<'a> MatrixRef<'a> {
             }
             all[level] = region;
         }
-        Some(Self { shape, scales, fields: all, levels: fields.len() as u8 })
+        Some(Self { shape, scales, fields: all, levels: fields.len() as u8, gain: 1.0 })
     }
     /// A matrix whose regions follow one another in `bytes` (scales, then every field).
     pub fn from_contiguous(shape: MatrixShape, bytes: &'a [u8]) -> Option<Self> {
@@ -250,9 +251,19 @@ impl<'a> MatrixRef<'a> {
         }
         Self::new(shape, scales, &fields[..shape.levels()])
     }
+    /// The same matrix with all values multiplied by `gain`. A prefix of a code stands for the middle of a range,
+    /// but values crowd towards zero: their least squares fit is a little smaller than the middles.
+    #[must_use]
+    pub const fn with_gain(self, gain: f32) -> Self {
+        Self { gain, ..self }
+    }
     /// Shape and encoding.
     pub const fn shape(&self) -> MatrixShape {
         self.shape
+    }
+    /// What every value is multiplied by; 1 unless [`Self::with_gain`] says otherwise.
+    pub const fn gain(&self) -> f32 {
+        self.gain
     }
     /// The scale region.
     pub const fn scales(&self) -> &'a [u8] {

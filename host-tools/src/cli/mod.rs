@@ -23,7 +23,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use forebay::convert::{ConvertOptions, WeightChoice};
 use forebay_kernels::attention::KvFormat;
 use forebay_kernels::exec::Backend;
-use forebay_kernels::weights::Group;
+use forebay_kernels::weights::{Fields, Group, MAX_FIELDS};
 use forebay_runtime::model::Model;
 use forebay_runtime::model::record::ModelRecord;
 use forebay_runtime::open::Image;
@@ -117,7 +117,8 @@ struct ModelArgs {
 
 impl ModelArgs {
     fn find(&self) -> Result<Found> {
-        let given = self.weights.weights.is_some() || self.weights.group.is_some();
+        let WeightArgs { weights, unit_weights, unit_fields, group } = self.weights;
+        let given = weights.or(unit_weights).is_some() || unit_fields.is_some() || group.is_some();
         models::check_options(self.model.as_deref(), given)?;
         models::find(self.model.as_deref(), &self.weights.options())
     }
@@ -129,6 +130,13 @@ struct WeightArgs {
     /// Encoding of the weights: q4, q3, q2, q1, q8, f16 or f32 [default: q4; a GGUF file's own]
     #[arg(long, value_name = "ENCODING")]
     weights: Option<WeightChoice>,
+    /// Encoding of what is streamed, the experts or neuron clusters [default: as --weights]
+    #[arg(long, value_name = "ENCODING")]
+    unit_weights: Option<WeightChoice>,
+    /// How the bits of streamed weights are cut into levels, most significant first: widths of 1, 2 or 4 such as
+    /// 1,1,1,1 [default: 2,2 for 4 bits, 2,1 for 3]
+    #[arg(long, value_name = "LIST", value_parser = fields)]
+    unit_fields: Option<Fields>,
     /// Weights that share a scale: 32, 64 or 128 [default: 32]
     #[arg(long, value_name = "N", value_parser = group)]
     group: Option<Group>,
@@ -136,8 +144,18 @@ struct WeightArgs {
 
 impl WeightArgs {
     fn options(&self) -> ConvertOptions {
-        ConvertOptions { weights: self.weights, group: self.group, ..ConvertOptions::default() }
+        let Self { weights, unit_weights, unit_fields, group } = *self;
+        ConvertOptions { weights, unit_weights, unit_fields, group, ..ConvertOptions::default() }
     }
+}
+
+fn fields(text: &str) -> Result<Fields, String> {
+    let wrong = || "expected up to four widths from 1, 2 and 4, with a sum of at most 4, such as 2,1,1".to_owned();
+    let mut widths = [0; MAX_FIELDS];
+    for (i, part) in text.split(',').enumerate() {
+        *widths.get_mut(i).ok_or_else(wrong)? = part.trim().parse().map_err(|_| wrong())?;
+    }
+    Fields::new(widths).filter(|fields| fields.bits() <= 4).ok_or_else(wrong)
 }
 
 fn group(text: &str) -> Result<Group, String> {

@@ -9,7 +9,7 @@ use forebay_kernels::weights::{Encoding, Group, MatrixShape, Quant, ROW_BLOCK};
 use half::{bf16, f16};
 use serde::Serialize;
 
-use crate::quantize::{Grid, quantise_group};
+use crate::quantize::{Grid, Prefix, quantise_nested};
 use crate::source::{DType, Source, SourceTensor, half_at};
 
 /// A matrix inside a source tensor.
@@ -142,8 +142,49 @@ pub(super) fn imports(dtype: DType, q: Quant) -> bool {
     q.group == Group::G32 && grid(q) == same
 }
 
+/// Sums over a matrix's weights that give the gains of the precisions below its own.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Gains {
+    /// Those precisions: 1 level, 2 levels, ...
+    prefixes: Vec<Prefix>,
+    /// For each of them the sums of weight x value and of value squared.
+    sums: Vec<(f64, f64)>,
+}
+
+impl Gains {
+    /// Of a matrix of `shape` in a unit; none if it has one level.
+    pub fn new(shape: &MatrixShape) -> Self {
+        let Encoding::Quant(q) = shape.encoding else { return Self::default() };
+        let mut dropped = q.fields.bits();
+        let mut prefixes = Vec::new();
+        for width in &q.fields.widths()[..q.fields.count() - 1] {
+            dropped -= width;
+            prefixes.push(Prefix::new(dropped));
+        }
+        Self { sums: vec![(0.0, 0.0); prefixes.len()], prefixes }
+    }
+
+    /// The gain of each precision, by least squares.
+    pub fn fitted(&self) -> impl Iterator<Item = f32> {
+        self.sums.iter().map(|&(xv, vv)| if vv > 0.0 { (xv / vv) as f32 } else { 1.0 })
+    }
+
+    /// Adds a group: its weights, and what they are stored as.
+    fn add(&mut self, grid: Grid, x: impl Iterator<Item = f32> + Clone, codes: &[u8], scale: f16, minimum: f16) {
+        for (prefix, (xv, vv)) in self.prefixes.iter().zip(&mut self.sums) {
+            for (x, code) in x.clone().zip(codes) {
+                let value = f64::from(grid.prefix_weight(*code, prefix.dropped, scale, minimum));
+                *xv += f64::from(x) * value;
+                *vv += value * value;
+            }
+        }
+    }
+}
+
 /// Encodes the row blocks `blocks` of `view` as a matrix of `shape`. `scales` and `fields` are these blocks'
-/// parts of the regions; for floats `fields[0]` has `ROW_BLOCK` rows a block, but for the last.
+/// parts of the regions; for floats `fields[0]` has `ROW_BLOCK` rows a block, but for the last. Codes are chosen
+/// for the precisions of `gains` too, whose sums go there.
+#[expect(clippy::too_many_arguments, reason = "what is read, how it is stored, and where to")]
 pub(super) fn encode(
     source: &Source,
     view: &View<'_>,
@@ -151,6 +192,7 @@ pub(super) fn encode(
     blocks: Range<usize>,
     scales: &mut [u8],
     fields: &mut [&mut [u8]],
+    gains: &mut Gains,
     scratch: &mut Scratch,
 ) -> Result<Tally> {
     let mut tally = Tally::default();
@@ -187,9 +229,9 @@ pub(super) fn encode(
                 minima: &mut scratch.minima[r * groups..][..groups],
             };
             if import {
-                import_row(source, view, row, q, &mut scratch.raw, target, &mut tally)?;
+                import_row(source, view, row, q, &mut scratch.raw, target, gains, &mut tally)?;
             } else {
-                quantise_row(source, view, row, q, &scratch.row, target, &mut tally)?;
+                quantise_row(source, view, row, q, &scratch.row, target, gains, &mut tally)?;
             }
         }
         let (block_scales, after) = scales_rest.split_at_mut(shape.block_scale_bytes());
@@ -230,6 +272,7 @@ fn read_row(source: &Source, view: &View<'_>, row: u64, scratch: &mut Scratch) -
     Ok(())
 }
 
+#[expect(clippy::too_many_arguments, reason = "what is read, how it is stored, and where to")]
 fn import_row(
     source: &Source,
     view: &View<'_>,
@@ -237,6 +280,7 @@ fn import_row(
     q: Quant,
     raw: &mut Vec<u8>,
     target: Target<'_>,
+    gains: &mut Gains,
     tally: &mut Tally,
 ) -> Result<()> {
     source.read_raw(view.tensor, row, columns(view), raw)?;
@@ -261,12 +305,14 @@ fn import_row(
         }
         target.scales[g] = scale;
         target.minima[g] = minimum;
+        gains.add(grid(q), codes.iter().map(|&c| grid(q).weight(c, scale, minimum)), codes, scale, minimum);
         tally.squared_value += codes.iter().map(|&c| f64::from(grid(q).weight(c, scale, minimum)).powi(2)).sum::<f64>();
     }
     tally.weights += u64::from(view.cols);
     Ok(())
 }
 
+#[expect(clippy::too_many_arguments, reason = "what is read, how it is stored, and where to")]
 fn quantise_row(
     source: &Source,
     view: &View<'_>,
@@ -274,13 +320,14 @@ fn quantise_row(
     q: Quant,
     values: &[f32],
     target: Target<'_>,
+    gains: &mut Gains,
     tally: &mut Tally,
 ) -> Result<()> {
     let len = q.group.len();
     let groups = values.chunks(len).zip(target.codes.chunks_mut(len)).enumerate();
     for (g, (x, codes)) in groups {
         let (own, padding) = codes.split_at_mut(x.len());
-        let (scale, minimum) = quantise_group(x, grid(q), own).with_context(|| {
+        let (scale, minimum) = quantise_nested(x, grid(q), &gains.prefixes, own).with_context(|| {
             format!(
                 "{}: tensor {}, row {row}: weights up to {:e} are too large to quantise; convert with --weights f32",
                 source.file_name(view.tensor),
@@ -290,6 +337,7 @@ fn quantise_row(
         })?;
         // Columns of neurons that do not exist, in a group of some that do.
         padding.fill(grid(q).zero_code(scale, minimum));
+        gains.add(grid(q), x.iter().copied(), own, scale, minimum);
         for (x, code) in x.iter().zip(own) {
             tally.compare(*x, grid(q).weight(*code, scale, minimum));
         }

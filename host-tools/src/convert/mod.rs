@@ -96,6 +96,8 @@ impl std::str::FromStr for WeightChoice {
 pub struct ConvertOptions {
     /// Encoding of matrices; `None` is q4 for a Hugging Face folder, and keeps a GGUF file's own encodings.
     pub weights: Option<WeightChoice>,
+    /// Encoding of the streamed units (experts, clusters of neurons); `None` is that of the other matrices.
+    pub unit_weights: Option<WeightChoice>,
     /// Weights a scale; `None` is 32.
     pub group: Option<Group>,
     /// Whether groups of 1 to 4 bits have a minimum; `None` measures whether it is worth its bytes.
@@ -118,6 +120,7 @@ impl Default for ConvertOptions {
     fn default() -> Self {
         Self {
             weights: None,
+            unit_weights: None,
             group: None,
             affine: None,
             page: 4096,
@@ -354,6 +357,7 @@ fn metadata(source: &Source, name: &str, label: &str, options: &ConvertOptions) 
         },
         "options": {
             "weights": options.weights.map(WeightChoice::name),
+            "unit_weights": options.unit_weights.map(WeightChoice::name),
             "group": options.group.map(Group::len),
             "affine": options.affine,
             "page": options.page,

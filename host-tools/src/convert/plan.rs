@@ -66,6 +66,8 @@ pub(super) struct Plan<'a> {
 struct Chooser {
     /// `None`: as in the source.
     choice: Option<WeightChoice>,
+    /// That of units; `None`: as all.
+    unit_choice: Option<WeightChoice>,
     group: Group,
     grids: BTreeMap<u8, Grid>,
     unit_fields: Option<CodeFields>,
@@ -98,7 +100,8 @@ impl Chooser {
             DType::Bf16 => Encoding::Bf16,
             _ => Encoding::F32,
         };
-        let (grid, group) = match self.choice {
+        let choice = if usage == Use::Unit { self.unit_choice.or(self.choice) } else { self.choice };
+        let (grid, group) = match choice {
             None => match Self::kept(dtype).0 {
                 None => return as_stored,
                 Some((_, grid)) => (grid, Group::G32),
@@ -123,9 +126,9 @@ impl Chooser {
         Encoding::Quant(Quant { fields, group, affine: grid.affine, zero_x2: grid.zero_x2 })
     }
 
-    /// Whether the chosen bits take a grid that has to be measured.
-    fn needs_grid(&self) -> Option<u8> {
-        self.choice.map(WeightChoice::bits).filter(|bits| *bits <= 4)
+    /// The chosen bits that take a grid that has to be measured.
+    fn needs_grids(&self) -> impl Iterator<Item = u8> + use<> {
+        [self.choice, self.unit_choice].into_iter().flatten().map(WeightChoice::bits).filter(|bits| *bits <= 4)
     }
 }
 
@@ -223,7 +226,8 @@ pub(super) fn plan<'a>(
         check_neurons(neurons, model, options)?;
     }
     let choice = options.weights.or_else(|| (!source.is_gguf()).then_some(WeightChoice::Q4));
-    if choice.is_none() && options.group.is_some() {
+    let unit_choice = options.unit_weights;
+    if choice.or(unit_choice).is_none() && options.group.is_some() {
         bail!("a group length needs a choice of weights: without one, a GGUF file's own encodings are kept");
     }
     let group = options.group.unwrap_or(Group::G32);
@@ -232,8 +236,8 @@ pub(super) fn plan<'a>(
         .zip(&model.layers)
         .map(|(l, layer)| Parts::bind(&mut binder, model, l, layer))
         .collect::<Result<_>>()?;
-    let mut chooser = Chooser { choice, group, grids: BTreeMap::new(), unit_fields: options.unit_fields };
-    if let Some(bits) = chooser.needs_grid() {
+    let mut chooser = Chooser { choice, unit_choice, group, grids: BTreeMap::new(), unit_fields: options.unit_fields };
+    for bits in chooser.needs_grids() {
         let measured = choose_grid(source, &parts, bits, group, options.affine)?;
         chooser.grids.insert(bits, measured);
     }
@@ -247,6 +251,14 @@ pub(super) fn plan<'a>(
         units.push(layer_units);
     }
     residents.sort_by_key(|r| (r.layer, r.role));
+    if let Some(fields) = options.unit_fields {
+        let cut = |m: &MatrixShape| matches!(m.encoding, Encoding::Quant(q) if q.fields == fields);
+        ensure!(
+            units.iter().any(|u: &Units<'_>| u.shape.matrices().iter().any(cut)),
+            "no streamed weights have the {} bits that they were to be cut from; choose other fields or weights",
+            fields.bits()
+        );
+    }
 
     let mut notices = Vec::new();
     check_unused(&binder, model, &mut notices)?;
@@ -257,6 +269,10 @@ pub(super) fn plan<'a>(
         (Some(choice), _) => choice.name().to_owned(),
         (None, Some([gate, ..])) => source.dtype(gate.tensor)?.name().to_lowercase(),
         (None, None) => String::new(),
+    };
+    let label = match unit_choice {
+        Some(units) => format!("{label} units {}", units.name()),
+        None => label,
     };
     Ok(Plan { residents, units, label, notices })
 }

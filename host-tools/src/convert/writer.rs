@@ -10,13 +10,14 @@ use std::sync::mpsc;
 use anyhow::{Context, Result, bail};
 use forebay_kernels::weights::{Encoding, MatrixShape, ROW_BLOCK};
 use forebay_runtime::model::record::{LayerRecord, MatrixRecord, ModelRecord, NO_LAYER, TensorRecord};
+use forebay_runtime::model::unit::UnitHead;
 use forebay_storage::image::{
     ExtentKind, ExtentRecord, ExtentTable, SUPERBLOCK_SLOT, Section, SectionKind, Superblock, crc32c, data_start,
 };
 use half::f16;
 use zerocopy::IntoBytes;
 
-use super::encode::{Scratch, Tallies, encode, encoding_name};
+use super::encode::{Gains, Scratch, Tallies, encode, encoding_name};
 use super::plan::{Content, Plan, Resident, Units};
 use super::{ConvertOptions, Progress, Tally};
 use crate::source::Source;
@@ -369,7 +370,8 @@ fn encode_resident(
     let mut buffers: Vec<Vec<u8>> = parts.iter().map(|&(_, len)| vec![0; len]).collect();
     let (scales, fields) = buffers.split_at_mut(1);
     let mut fields: Vec<&mut [u8]> = fields.iter_mut().map(Vec::as_mut_slice).collect();
-    let tally = encode(source, view, shape, from..to, &mut scales[0], &mut fields, scratch)?;
+    // Resident tensors are always read whole.
+    let tally = encode(source, view, shape, from..to, &mut scales[0], &mut fields, &mut Gains::default(), scratch)?;
     let mut bytes = 0;
     for ((at, _), buffer) in parts.iter().zip(&buffers) {
         file.write_all_at(buffer, offset + at)?;
@@ -418,6 +420,7 @@ fn encode_unit(
     let total: u64 = extent.levels.iter().sum();
     let mut buffer = vec![0u8; usize::try_from(total)?];
     let mut tallies = Tallies::new();
+    let mut head = UnitHead::default();
     for (m, (shape, view)) in units.shape.matrices().iter().zip(&units.views[unit]).enumerate() {
         // The regions of one matrix are disjoint and increasing: cut the buffer along them.
         let ranges = core::iter::once(None)
@@ -434,8 +437,15 @@ fn encode_unit(
         }
         let (scales, fields) = cut.split_at_mut(1);
         let blocks = 0..(shape.rows as usize).div_ceil(ROW_BLOCK);
-        let tally = encode(source, view, shape, blocks, scales[0], fields, scratch)?;
+        let mut gains = Gains::new(shape);
+        let tally = encode(source, view, shape, blocks, scales[0], fields, &mut gains, scratch)?;
+        for (of_level, gain) in head.gains.iter_mut().zip(gains.fitted()) {
+            of_level[m] = gain.into();
+        }
         tallies.entry(encoding_name(shape.encoding)).or_default().add(&tally);
+    }
+    if extent.levels.len() > 1 {
+        buffer[..size_of::<UnitHead>()].copy_from_slice(head.as_bytes());
     }
     let mut crcs = Vec::with_capacity(extent.levels.len());
     let mut at = 0;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use forebay::convert::{ConvertOptions, Progress, convert};
+use forebay_runtime::model::record::RECORD_VERSION;
 use forebay_storage::image::{MAGIC, VERSION_MAJOR, VERSION_MINOR};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -102,7 +103,8 @@ fn cache_folder() -> Result<PathBuf> {
 
 /// A number for a model's files (names, lengths, times of change), the options and the versions that make an image.
 fn identity(path: &Path, options: &ConvertOptions) -> Result<u64> {
-    let mut text = format!("{} {VERSION_MAJOR}.{VERSION_MINOR} {options:?}", env!("CARGO_PKG_VERSION"));
+    let mut text =
+        format!("{} {VERSION_MAJOR}.{VERSION_MINOR}.{RECORD_VERSION} {options:?}", env!("CARGO_PKG_VERSION"));
     let mut files = vec![path.to_path_buf()];
     if path.is_dir() {
         for entry in fs::read_dir(path).with_context(|| format!("reading {}", path.display()))? {
@@ -164,7 +166,7 @@ pub fn check_options(model: Option<&Path>, given: bool) -> Result<()> {
     {
         ensure!(
             is_model(path)?,
-            "{} is converted already: --weights and --group are for models that are not",
+            "{} is converted already: options such as --weights are for models that are not",
             path.display()
         );
     }

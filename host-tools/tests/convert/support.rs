@@ -10,7 +10,7 @@ use forebay_kernels::matmul::row_to_f32;
 use forebay_kernels::weights::{MatrixRef, MatrixShape};
 use forebay_runtime::model::record::Role;
 use forebay_runtime::model::unit::UnitRef;
-use forebay_runtime::model::{LayerShape, Model};
+use forebay_runtime::model::{LayerShape, Model, ModelError};
 use forebay_storage::image::{ExtentKind, ExtentRecord, ExtentTable, SUPERBLOCK_SLOT, SectionKind, Superblock};
 use half::{bf16, f16};
 use zerocopy::{FromBytes, IntoBytes};
@@ -304,6 +304,14 @@ impl Image {
     pub fn model(&self) -> Model<'_> {
         let table = ExtentTable::parse(self.extents.as_bytes(), &self.superblock).unwrap();
         Model::parse(&self.model, &self.tensors, table, self.superblock.page()).unwrap()
+    }
+
+    /// What becomes of the model if its records say that they are of another version.
+    pub fn parse_as_version(&self, version: u16) -> Result<(), ModelError> {
+        let table = ExtentTable::parse(self.extents.as_bytes(), &self.superblock).unwrap();
+        let mut model = self.model.clone();
+        model[..2].copy_from_slice(&version.to_le_bytes());
+        Model::parse(&model, &self.tensors, table, self.superblock.page()).map(|_| ())
     }
 
     pub fn layer(&self, layer: usize) -> LayerShape {

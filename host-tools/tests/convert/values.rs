@@ -6,7 +6,8 @@ use forebay::convert::{ConvertOptions, Tally, WeightChoice};
 use forebay::inspect::inspect;
 use forebay::source::{DType, dequantise};
 use forebay_kernels::weights::{Encoding, Fields, Group};
-use forebay_runtime::model::record::{NO_LAYER, Role};
+use forebay_runtime::model::ModelError;
+use forebay_runtime::model::record::{NO_LAYER, RECORD_VERSION, Role};
 use forebay_storage::image::SectionKind;
 
 use crate::support::*;
@@ -164,6 +165,81 @@ fn a_prefix_of_levels_is_a_coarser_unit() {
             assert!(error < 0.6 * last, "{widths:?}: {levels} levels: {error}, before {last}");
             last = error;
         }
+    }
+}
+
+/// The gain of a prefix is the least squares fit of its values to the source's weights, whoever chose the codes.
+#[test]
+fn gains_fit_the_weights() {
+    let folder = Folder::new();
+    let path = llama_folder(&folder);
+    let source = numbers("model.layers.1.mlp.up_proj.weight", WIDTH * HIDDEN);
+    for (affine, widths) in [(false, [2, 2, 0, 0]), (true, [2, 2, 0, 0]), (false, [1, 1, 1, 1])] {
+        let options = ConvertOptions {
+            unit_fields: Fields::new(widths),
+            affine: Some(affine),
+            unit_width: Some(64),
+            ..floats(WeightChoice::Q4)
+        };
+        quietly(&path, &folder.join("out.fby"), &options).unwrap();
+        let image = Image::open(&folder.join("out.fby"));
+        for unit in 0..2 {
+            let weights = &source[unit * 64 * HIDDEN..][..64 * HIDDEN];
+            let whole = image.unit(1, unit, Fields::new(widths).unwrap().count()).up;
+            assert_eq!(whole.gain(), 1.0);
+            for levels in 1..whole.fields().len() {
+                let prefix = image.unit(1, unit, levels).up;
+                let values = matrix_values(&prefix.with_gain(1.0));
+                let (mut xv, mut vv) = (0.0, 0.0);
+                for (x, v) in weights.iter().zip(&values) {
+                    xv += f64::from(*x) * f64::from(*v);
+                    vv += f64::from(*v) * f64::from(*v);
+                }
+                let want = xv / vv;
+                assert!(
+                    (f64::from(prefix.gain()) - want).abs() < 1e-5,
+                    "{affine} {widths:?}: {} {want}",
+                    prefix.gain()
+                );
+                assert!(want != 1.0);
+            }
+        }
+    }
+}
+
+#[test]
+fn units_may_have_an_encoding_of_their_own() {
+    let folder = Folder::new();
+    let path = llama_folder(&folder);
+    for (weights, units, bits) in [(WeightChoice::F32, WeightChoice::Q2, 2), (WeightChoice::Q4, WeightChoice::Q8, 8)] {
+        let options = ConvertOptions { unit_weights: Some(units), ..floats(weights) };
+        quietly(&path, &folder.join("out.fby"), &options).unwrap();
+        let image = Image::open(&folder.join("out.fby"));
+        let of = |encoding| match encoding {
+            Encoding::Quant(q) => q.fields.bits(),
+            _ => 32,
+        };
+        assert_eq!(of(image.layer(0).unit.gate.encoding), bits);
+        let residents = if weights == WeightChoice::Q4 { 4 } else { 32 };
+        assert_eq!(of(image.tensor(0, Role::Query).unwrap().0.encoding), residents);
+        let label = image.model().record().weights_label;
+        assert!(String::from_utf8_lossy(&label).contains(units.name()));
+    }
+    // Fields that no weights are cut into.
+    let options = ConvertOptions { unit_fields: Fields::new([1, 1, 1, 1]), ..floats(WeightChoice::Q2) };
+    let error = quietly(&path, &folder.join("out.fby"), &options).unwrap_err().to_string();
+    assert!(error.contains("4 bits"), "{error}");
+}
+
+#[test]
+fn an_image_of_another_record_version_is_refused() {
+    let folder = Folder::new();
+    quietly(&llama_folder(&folder), &folder.join("out.fby"), &floats(WeightChoice::Q4)).unwrap();
+    let image = Image::open(&folder.join("out.fby"));
+    for version in [RECORD_VERSION - 1, RECORD_VERSION + 1] {
+        let error = image.parse_as_version(version).unwrap_err();
+        assert_eq!(error, ModelError::Version { found: version });
+        assert!(error.to_string().contains("convert the model again"), "{error}");
     }
 }
 

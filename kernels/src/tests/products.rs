@@ -290,6 +290,71 @@ proptest! {
     }
 }
 
+/// With codes in pairs of opposite values, the first bits of a code are a code of fewer bits whose step is larger.
+#[test]
+fn a_prefix_is_the_matrix_of_its_bits() {
+    let mut rng = Rng::new(6);
+    let fields = |widths| Fields::new(widths).unwrap();
+    for (whole, levels, prefix) in [
+        ([2, 2, 0, 0], 1, [2, 0, 0, 0]),
+        ([1, 1, 1, 1], 1, [1, 0, 0, 0]),
+        ([1, 1, 1, 1], 2, [1, 1, 0, 0]),
+        ([1, 1, 1, 1], 3, [1, 1, 1, 0]),
+        ([2, 1, 1, 0], 2, [2, 1, 0, 0]),
+    ] {
+        let (whole, prefix) = (fields(whole), fields(prefix));
+        let d = whole.bits() - prefix.bits();
+        let (rows, cols, group) = (70, 150, Group::G32);
+        let quant = Quant { fields: whole, group, affine: false, zero_x2: (1 << whole.bits()) - 1 };
+        let mut nested = Case::new(&mut rng, quant, rows, cols);
+        nested.scales.iter_mut().for_each(|s| *s = f16::from_f32(rng.normal() * 0.05));
+        nested.pack();
+        let quant = Quant { fields: prefix, zero_x2: (1 << prefix.bits()) - 1, ..quant };
+        let mut alone = Case::new(&mut rng, quant, rows, cols);
+        alone.codes = nested.codes.iter().map(|code| code >> d).collect();
+        alone.scales = nested.scales.iter().map(|s| f16::from_f32(s.to_f32() * f32::from(1u8 << d))).collect();
+        alone.pack();
+        let x = inputs(&mut rng, 3 * cols);
+        assert_eq!(nested.shape.act_spec(), alone.shape.act_spec());
+        alone.check(&x, 3);
+        let want = alone.expected(prefix.count(), &x);
+        let spec = nested.shape.act_spec().unwrap();
+        let mut scratch = vec![0; spec.bytes(cols, 3)];
+        for gain in [1.0, 0.9375, -3.7, f32::NAN] {
+            let matrix = nested.matrix(levels).with_gain(gain);
+            let scaled: Vec<f32> = want.iter().map(|x| x * gain).collect();
+            executions(|exec| {
+                let acts = quantise(exec, spec, &x, 3, cols, &mut scratch);
+                let mut out = vec![f32::NAN; 3 * rows];
+                matmul(exec, &matrix, Input::Quant(acts), 3, &mut out);
+                assert_same(&out, &scaled, (exec, whole, levels, gain));
+            });
+            let (mut of_prefix, mut of_alone) = (vec![0.0; cols], vec![0.0; cols]);
+            row_to_f32(&matrix, 41, &mut of_prefix);
+            row_to_f32(&alone.matrix(prefix.count()), 41, &mut of_alone);
+            of_alone.iter_mut().for_each(|x| *x *= gain);
+            assert_same(&of_prefix, &of_alone, (whole, levels, gain));
+        }
+    }
+}
+
+#[test]
+fn a_float_matrix_has_a_gain_too() {
+    let mut rng = Rng::new(8);
+    let shape = MatrixShape { rows: 5, cols: 33, encoding: Encoding::F32 };
+    let mut bytes: Vec<u8> = (0..5 * 33).flat_map(|_| rng.normal().to_le_bytes()).collect();
+    bytes.resize(shape.bytes() as usize, 0);
+    let x: Vec<f32> = (0..2 * 33).map(|_| rng.normal()).collect();
+    let plain = MatrixRef::from_contiguous(shape, &bytes).unwrap();
+    executions(|exec| {
+        let (mut want, mut got) = (vec![0.0; 10], vec![0.0; 10]);
+        matmul(exec, &plain, Input::F32(&x), 2, &mut want);
+        matmul(exec, &plain.with_gain(0.7), Input::F32(&x), 2, &mut got);
+        want.iter_mut().for_each(|x| *x *= 0.7);
+        assert_same(&got, &want, exec);
+    });
+}
+
 #[test]
 fn rows_dequantise_and_codes_unpack() {
     let mut rng = Rng::new(4);

@@ -7,8 +7,8 @@ use forebay_kernels::weights::{Encoding, Fields, Group, MatrixShape, Quant};
 use zerocopy::little_endian::{F32, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// Version of the MODEL and TENSORS records.
-pub const RECORD_VERSION: u16 = 1;
+/// Version of the MODEL and TENSORS records, and of the units' layout ([`super::unit`]).
+pub const RECORD_VERSION: u16 = 2;
 /// The `layer` of a tensor that belongs to no layer.
 pub const NO_LAYER: u16 = 0xffff;
 /// The `rope` of an attention layer without rotary positions.
