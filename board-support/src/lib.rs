@@ -15,6 +15,7 @@
 //! | [`status`] | how a run ended |
 //! | [`cores`] | further cores as workers of the kernels |
 //! | [`bcm2835`] | the Raspberry Pi's mailbox and pins |
+//! | [`spi_nor`] | a block store over a SPI NOR chip |
 //! | [`stack`] | how much of the stack was used |
 //! | `aarch64` | boot code, page tables, exceptions, clock, critical section (on that target) |
 //! | `riscv64` | traps, stack guard, clock (on that target) |
@@ -36,6 +37,7 @@ pub mod riscv64;
 pub mod sd;
 #[cfg(all(target_os = "none", any(target_arch = "aarch64", target_arch = "riscv64")))]
 pub mod semihost;
+pub mod spi_nor;
 pub mod stack;
 pub mod status;
 pub mod virtio;

@@ -5,6 +5,13 @@
 use crate::arch::{self, Kernels};
 use core::fmt;
 
+#[cfg(all(
+    target_arch = "riscv64",
+    target_feature = "d",
+    not(all(any(test, feature = "std"), target_os = "linux"))
+))]
+pub use crate::arch::riscv64::rvv::assume_vectors;
+
 /// A fixed set of cores that run one job together.
 pub trait Workers: Sync {
     /// Number of workers, at least 1.
@@ -41,7 +48,8 @@ impl Backend {
     /// The fastest back-end of this CPU.
     ///
     /// With feature `std` the CPU is asked (on RISC-V through Linux), and so it is on AArch64 without an operating
-    /// system. Otherwise the target features of the build decide.
+    /// system. Otherwise the target features of the build decide, and on RISC-V what the program has said by
+    /// `assume_vectors`.
     pub fn detect() -> Self {
         let best = Self(arch::best());
         #[cfg(feature = "log")]

@@ -46,7 +46,7 @@ static RISCV64: Machine = Machine {
     target: "riscv64gc-unknown-none-elf",
     qemu: "qemu-system-riscv64",
     machine: &["-M", "virt", "-bios", "none", "-semihosting-config", "enable=on,target=native"],
-    cpus: &["rv64"],
+    cpus: &["rv64", "rv64,v=true,vlen=128", "rv64,v=true,vlen=256"],
     flash_len: 32 << 20,
     elf: OnceLock::new(),
 };
@@ -57,7 +57,7 @@ static RISCV64_SBI: Machine = Machine {
     target: "riscv64gc-unknown-none-elf",
     qemu: "qemu-system-riscv64",
     machine: &["-M", "virt"],
-    cpus: &["rv64"],
+    cpus: &["rv64", "rv64,v=true,vlen=128", "rv64,v=true,vlen=256"],
     flash_len: 32 << 20,
     elf: OnceLock::new(),
 };
@@ -248,6 +248,9 @@ fn fixture_has_the_hosts_bits_on_every_processor() {
             let Some(report) = boot.run() else { break };
             let (prompt, answer) = report.agrees(fixture(), KvFormat::F16);
             assert_eq!((prompt, answer.len()), (vec![1, 17, 205, 33, 60, 4], 12));
+            // RISC-V's vector unit is found at run time, by `misa` or by the device tree.
+            let vectors = cpu.contains("v=true");
+            assert_eq!(report.line("image: ").contains("kernels rvv"), vectors, "{cpu}");
         }
     }
 }

@@ -9,7 +9,7 @@ mod aarch64;
 #[cfg(any(test, feature = "std"))]
 pub(crate) mod pool;
 #[cfg(all(target_arch = "riscv64", target_feature = "d"))]
-mod riscv64;
+pub(crate) mod riscv64;
 pub(crate) mod split;
 #[cfg(any(test, target_arch = "riscv64"))]
 mod swar;

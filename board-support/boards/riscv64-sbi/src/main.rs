@@ -11,6 +11,7 @@ use forebay_board::app::Clock;
 use forebay_board::board::{ArenaMemory, Board, run};
 use forebay_board::cores::OneCore;
 use forebay_board::riscv64::sbi::{self, DebugConsole};
+use forebay_board::riscv64::{Vectors, boot};
 use forebay_board::stack::Stack;
 use forebay_board::{flash, riscv64, virtio};
 use static_cell::ConstStaticCell;
@@ -39,18 +40,19 @@ fn exit(status: u8) -> ! {
     unsafe { riscv64::finish(TEST_DEVICE, status) }
 }
 
-#[riscv_rt::entry]
-fn main(_hart: usize, device_tree: usize) -> ! {
+#[unsafe(no_mangle)]
+extern "C" fn board_main(hart: usize, device_tree: usize) -> ! {
     // SAFETY: the memory map keeps this memory for the stack.
-    let stack = unsafe { Stack::paint(riscv64::stack()) };
+    let stack = unsafe { Stack::paint(boot::stack()) };
     // SAFETY: the firmware's second argument is the address of a device tree, which nothing changes.
-    let tree = unsafe { Fdt::from_ptr(core::ptr::with_exposed_provenance(device_tree)) };
+    let tree = unsafe { Fdt::from_ptr(core::ptr::with_exposed_provenance(device_tree)) }.ok();
+    let vectors = tree.as_ref().map_or(Vectors::None, |tree| Vectors::enable(tree, hart));
     let board = Board {
         name: "riscv64-sbi",
-        processor: &"RV64GC in supervisor mode",
+        processor: &format_args!("RV64GC in supervisor mode, {vectors}"),
         console: &mut DebugConsole,
         clock: Clock { now: riscv64::time, hertz: TIMER_HERTZ },
-        command_line: tree.ok().and_then(|tree| tree.chosen().bootargs()).unwrap_or(""),
+        command_line: tree.and_then(|tree| tree.chosen().bootargs()).unwrap_or(""),
         arena: &mut ARENA_MEMORY.take().0,
         stack,
         // SAFETY: this machine's virtio-mmio slots, used here only.

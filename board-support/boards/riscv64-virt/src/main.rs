@@ -10,6 +10,7 @@ use embedded_io::Write;
 use forebay_board::app::Clock;
 use forebay_board::board::{ArenaMemory, Board, run};
 use forebay_board::cores::OneCore;
+use forebay_board::riscv64::{Vectors, boot};
 use forebay_board::stack::Stack;
 use forebay_board::{flash, riscv64, semihost, virtio};
 use static_cell::ConstStaticCell;
@@ -45,18 +46,18 @@ fn exit(status: u8) -> ! {
     unsafe { riscv64::finish(TEST_DEVICE, status) }
 }
 
-#[riscv_rt::entry]
-fn main() -> ! {
+#[unsafe(no_mangle)]
+extern "C" fn board_main(_hart: usize, _device_tree: usize) -> ! {
     riscv64::guard_stack(CODE);
     // SAFETY: the memory map keeps this memory for the stack.
-    let stack = unsafe { Stack::paint(riscv64::stack()) };
+    let stack = unsafe { Stack::paint(boot::stack()) };
     let mut console = console();
     // A console that does not come up has nobody to tell it to; the exit status still says how the run went.
     let _ = console.init(Config { baud_rate: BaudRate::Baud115200, ..Config::default() });
     let mut line = [MaybeUninit::uninit(); 2048];
     let board = Board {
         name: "riscv64-virt",
-        processor: &"RV64GC in machine mode",
+        processor: &format_args!("RV64GC in machine mode, {}", Vectors::enable()),
         console: &mut console,
         clock: Clock { now: riscv64::time, hertz: TIMER_HERTZ },
         command_line: semihost::command_line(&mut line),

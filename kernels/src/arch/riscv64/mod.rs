@@ -1,4 +1,4 @@
 //! Back-ends for 64-bit RISC-V.
 
 mod operators;
-pub(super) mod rvv;
+pub(crate) mod rvv;

@@ -11,6 +11,8 @@ use crate::reference::float::{PARTIALS, fold};
 use crate::reference::quant::{self, QuantBlock};
 use crate::weights::ROW_BLOCK;
 use core::arch::asm;
+#[cfg(not(all(any(test, feature = "std"), target_os = "linux")))]
+use core::sync::atomic::{AtomicBool, Ordering};
 
 /// Proof that the CPU has the vector extension.
 pub(crate) struct Rvv(());
@@ -30,11 +32,26 @@ impl Rvv {
         });
         available.then_some(Self(()))
     }
-    /// The build decides.
+    /// The build decides, or who called [`assume_vectors`].
     #[cfg(not(all(any(test, feature = "std"), target_os = "linux")))]
     fn new() -> Option<Self> {
-        cfg!(target_feature = "v").then_some(Self(()))
+        (cfg!(target_feature = "v") || ASSUMED.load(Ordering::Relaxed)).then_some(Self(()))
     }
+}
+
+/// Set by [`assume_vectors`].
+#[cfg(not(all(any(test, feature = "std"), target_os = "linux")))]
+static ASSUMED: AtomicBool = AtomicBool::new(false);
+
+/// Tells the kernels of a program on the bare machine, which has nobody to ask, that the processor has the vector
+/// extension. Call it before a back-end is chosen.
+///
+/// # Safety
+/// Every hart that will compute has the extension, version 1.0, with registers of at least 128 bits, and has switched it
+/// on.
+#[cfg(not(all(any(test, feature = "std"), target_os = "linux")))]
+pub unsafe fn assume_vectors() {
+    ASSUMED.store(true, Ordering::Relaxed);
 }
 
 /// The back-end, if this CPU (with `std`, on Linux) or this build (else) has the extension.
