@@ -14,6 +14,8 @@ use forebay_storage::store::{BlockStore, Completion, Geometry, ReadError, ReadRe
 use heapless::Deque;
 
 use crate::app::Clock;
+use crate::board::Disk;
+use crate::status::{HasStatus, Status};
 
 /// Reads that can wait for their turn.
 pub const READS: usize = 8;
@@ -90,7 +92,8 @@ fn low_word(bytes: [u8; 8]) -> u32 {
 }
 
 impl Chip {
-    /// From the first two words of the basic table and the first of the table of four-byte commands (JESD216).
+    /// From the first two words of the basic table and the first of the table of four-byte commands (JESD216): bit 0
+    /// is [`opcode::READ_4`], bit 1 [`opcode::FAST_READ_4`].
     fn from_tables(id: [u8; 3], basic: u32, density: u32, four_byte: u32) -> Option<Self> {
         let bits = match density >> 31 {
             0 => u64::from(density) + 1,
@@ -284,6 +287,30 @@ impl<'b, P: Port> BlockStore<'b> for SpiNor<'b, P> {
     }
 }
 
+/// A port behind which a chip is expected, as a board's disk.
+#[derive(Debug)]
+pub struct Flash<P>(pub P);
+
+impl<P: Port> Disk for Flash<P> {
+    type Store = SpiNor<'static, P>;
+    type Error = ProbeError;
+    const KIND: &'static str = "SPI NOR";
+
+    fn bring_up(self, clock: &Clock, patience: u64) -> Result<Self::Store, ProbeError> {
+        SpiNor::new(self.0, *clock, patience)
+    }
+}
+
+impl HasStatus for ProbeError {
+    fn status(&self) -> Status {
+        match self {
+            Self::NoChip(_) => Status::NoDisk,
+            Self::Unknown(_) => Status::Device,
+            Self::Port => Status::NoAnswer,
+        }
+    }
+}
+
 /// A whole transaction: fills `data` with what follows the header.
 fn exchange<P: Port>(
     port: &mut P,
@@ -323,7 +350,13 @@ fn probe<P: Port>(port: &mut P, clock: &Clock, patience: u64) -> Result<Chip, Pr
             let at = u32::from_le_bytes([at[0], at[1], at[2], 0]);
             match u16::from_le_bytes([low, high]) {
                 // Later headers of the same table are newer revisions of it.
-                BASIC_TABLE if major == 1 && words >= 2 => basic = Some(table(at)?),
+                BASIC_TABLE if major == 1 && words >= 2 => {
+                    basic = Some(table(at)?);
+                    // Word 16, bit 29: there are commands of four bytes. Without a table of them, take the plainest.
+                    if words >= 16 && four_byte == 0 && low_word(table(at + 60)?) >> 29 & 1 == 1 {
+                        four_byte = 1;
+                    }
+                }
                 FOUR_BYTE_TABLE if words >= 1 => four_byte = low_word(table(at)?),
                 _ => {}
             }
