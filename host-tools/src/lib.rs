@@ -12,6 +12,7 @@ pub mod settings;
 pub mod simulate;
 pub mod source;
 pub mod synth;
+pub mod template;
 pub mod temporary;
 pub mod tokenizer;
 pub mod trace;

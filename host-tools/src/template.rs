@@ -1,13 +1,11 @@
 //! Chat templates: the Jinja dialect of Hugging Face.
 
 use anyhow::{Context, Result};
+use forebay_runtime::chat::{self, TEXTS};
 use forebay_runtime::tokenizer::Tokenizer;
-use forebay_storage::image::SectionKind;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
 use minijinja::{Environment, ErrorKind, context};
-
-use crate::host::session::ImageFile;
 
 /// One turn of a conversation.
 #[derive(Clone, Debug)]
@@ -25,7 +23,8 @@ impl Message {
     }
 }
 
-/// An image's chat template.
+/// A model's chat template.
+#[derive(Debug)]
 pub struct Template {
     environment: Environment<'static>,
     bos: String,
@@ -35,21 +34,17 @@ pub struct Template {
 const NAME: &str = "chat";
 
 impl Template {
-    /// The template of `file`, whose tokenizer is `tokenizer`.
-    pub fn load(file: &ImageFile, tokenizer: &Tokenizer<'_>) -> Result<Self> {
-        let path = file.path.display();
-        let source = file.text(SectionKind::ChatTemplate)?.with_context(|| {
-            format!("{path} has no chat template: its model was not made for chat; use `forebay run -p` instead")
-        })?;
+    /// The template `source` of a model with this tokenizer.
+    pub fn new(source: String, tokenizer: &Tokenizer<'_>) -> Result<Self> {
         let text = |id: Option<u32>| {
             let bytes = id.and_then(|id| tokenizer.token_bytes(id)).unwrap_or_default();
             String::from_utf8_lossy(bytes).into_owned()
         };
-        Self::new(source, text(tokenizer.bos()), text(tokenizer.eos_ids().next()))
-            .with_context(|| format!("the chat template of {path}"))
+        Self::with_tokens(source, text(tokenizer.bos()), text(tokenizer.eos_ids().next()))
     }
 
-    fn new(source: String, bos: String, eos: String) -> Result<Self> {
+    /// The template `source` where the begin-of-text and end-of-text tokens are these.
+    pub fn with_tokens(source: String, bos: String, eos: String) -> Result<Self> {
         let mut environment = Environment::new();
         // As Hugging Face sets up Jinja.
         environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
@@ -86,6 +81,69 @@ impl Template {
     }
 }
 
+/// What stands between the turns of every conversation, for boards, which render no templates.
+///
+/// The texts are those of [`forebay_runtime::chat::Turns`], cut out of renderings of conversations whose contents are
+/// known. `None` if the template does more than put texts between the turns: if a longer conversation put together from
+/// the texts is not what it renders.
+pub fn turns(template: &Template) -> Option<[String; TEXTS]> {
+    // Contents that no template has and that trimming does not change.
+    const SYSTEM: &str = "qzSystemContentzq";
+    const USER: [&str; 3] = ["qzFirstQuestionzq", "qzSecondQuestionzq", "qzThirdQuestionzq"];
+    const ANSWER: [&str; 2] = ["qzFirstAnswerzq", "qzSecondAnswerzq"];
+    let conversation = |system: bool, questions: usize| {
+        let mut messages = Vec::new();
+        if system {
+            messages.push(Message::new("system", SYSTEM));
+        }
+        for turn in 0..questions {
+            if turn > 0 {
+                messages.push(Message::new("assistant", ANSWER[turn - 1]));
+            }
+            messages.push(Message::new("user", USER[turn]));
+        }
+        template.render(&messages, true).ok()
+    };
+    let one = conversation(false, 1)?;
+    let (first, answer) = one.split_once(USER[0])?;
+    let two = conversation(false, 2)?;
+    let (_, next) = two.split_once(ANSWER[0])?;
+    let (next, _) = next.split_once(USER[1])?;
+    let with_system = conversation(true, 1);
+    let system = with_system.as_deref().and_then(|text| {
+        let (before, rest) = text.split_once(SYSTEM)?;
+        Some((before, rest.split_once(USER[0])?.0))
+    });
+    let put_together = |before: &str| {
+        let mut text = before.to_owned();
+        for turn in 0..USER.len() {
+            if turn > 0 {
+                text = text + ANSWER[turn - 1] + next;
+            }
+            text = text + USER[turn] + answer;
+        }
+        text
+    };
+    let (system, after_system) = match system {
+        Some((before, after)) => {
+            let whole = put_together(&[before, SYSTEM, after].concat());
+            (conversation(true, USER.len())? == whole).then_some((before, after))?
+        }
+        // The template takes no system text.
+        None => ("", ""),
+    };
+    let texts = [first, system, after_system, answer, next].map(str::to_owned);
+    (conversation(false, USER.len())? == put_together(first)).then_some(texts)
+}
+
+/// The CHAT TURNS section of these texts.
+pub fn turns_section(texts: &[String; TEXTS]) -> Vec<u8> {
+    let texts = texts.each_ref().map(String::as_str);
+    let mut section = chat::header(&texts).to_vec();
+    texts.iter().for_each(|text| section.extend(text.as_bytes()));
+    section
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,7 +154,7 @@ mod tests {
 
     #[test]
     fn chatml_is_rendered() {
-        let template = Template::new(CHATML.into(), "<s>".into(), "<|im_end|>".into()).unwrap();
+        let template = Template::with_tokens(CHATML.into(), "<s>".into(), "<|im_end|>".into()).unwrap();
         let messages = [Message::new("system", "Be brief."), Message::new("user", " Hi ")];
         let text = template.render(&messages, true).unwrap();
         let expected = "<s><|im_start|>system\nBe brief.<|im_end|>\n\n<|im_start|>user\nHi<|im_end|>\n\n\
@@ -107,9 +165,46 @@ mod tests {
 
     #[test]
     fn a_template_may_refuse() {
-        let template = Template::new("{{ raise_exception('no system turns') }}".into(), "".into(), "".into()).unwrap();
+        let template =
+            Template::with_tokens("{{ raise_exception('no system turns') }}".into(), "".into(), "".into()).unwrap();
         let error = template.render(&[], false).unwrap_err();
         assert!(format!("{error:#}").contains("no system turns"), "{error:#}");
         assert!(!template.has_bos("anything"));
+    }
+
+    fn turns_of(source: &str) -> Option<[String; TEXTS]> {
+        turns(&Template::with_tokens(source.into(), "<s>".into(), "<|im_end|>".into()).unwrap())
+    }
+
+    #[test]
+    fn turns_are_cut_out_of_a_template() {
+        let texts = turns_of(CHATML).unwrap();
+        let expected = [
+            "<s><|im_start|>user\n",
+            "<s><|im_start|>system\n",
+            "<|im_end|>\n\n<|im_start|>user\n",
+            "<|im_end|>\n\n<|im_start|>assistant\n",
+            "<|im_end|>\n\n<|im_start|>user\n",
+        ];
+        assert_eq!(texts, expected);
+        let section = turns_section(&texts);
+        assert_eq!(chat::Turns::parse(&section).unwrap().texts(), expected);
+    }
+
+    #[test]
+    fn templates_that_do_more_have_no_turns() {
+        // A template without system turns has the others.
+        let texts = turns_of(
+            "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}\
+             [{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+        );
+        assert_eq!(texts.unwrap(), ["[user]", "", "", "[assistant]", "[user]"]);
+        // Turns are numbered.
+        let numbered = "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}:";
+        assert_eq!(turns_of(numbered), None);
+        // Former answers are left out.
+        let forgets = "{% for m in messages %}{% if m.role == 'user' %}>{{ m.content }}{% endif %}{% endfor %}:";
+        assert_eq!(turns_of(forgets), None);
+        assert_eq!(turns_of("{{ raise_exception('no') }}"), None);
     }
 }

@@ -10,6 +10,7 @@ compile_error!("images are little-endian and read in place");
 
 pub mod arena;
 pub mod cache;
+pub mod chat;
 pub mod drive;
 pub mod engine;
 pub mod governor;

@@ -113,6 +113,22 @@ impl<'a> Image<'a> {
         Ok(Self { superblock, model, tokenizer, tables_len: (before - arena.left()) as u64 })
     }
 
+    /// Reads and verifies a section that [`Self::open`] leaves out; `None` if the image has no such section. Blocks on
+    /// the store; no other read may be in flight. To be called before the plan is made, so that the plan counts it.
+    pub fn load<S: BlockStore<'a>>(
+        &mut self,
+        store: &mut S,
+        arena: &Arena<'a>,
+        kind: SectionKind,
+    ) -> Result<Option<&'a [u8]>, OpenError<S::Error>> {
+        let Some(section) = self.superblock.section(kind) else { return Ok(None) };
+        let before = arena.left();
+        let bytes = read(store, arena, "a section", section.offset, section.len, self.superblock.page())?;
+        section.verify(bytes)?;
+        self.tables_len += (before - arena.left()) as u64;
+        Ok(Some(bytes))
+    }
+
     /// The superblock in force.
     pub fn superblock(&self) -> &Superblock {
         &self.superblock

@@ -4,13 +4,13 @@ use std::io::{BufRead, IsTerminal, Write};
 
 use anyhow::{Context, Result};
 use clap::Args;
+use forebay::template::{Message, Template};
 use forebay_runtime::sample::Sampler;
 use forebay_runtime::tokenizer::{EncodeOptions, Tokenizer};
 
 use super::{MachineArgs, ModelArgs, SampleArgs, Wanted};
 use crate::host::generate::{Generated, Until, generate, rate};
 use crate::host::session::{self, Extra, Session};
-use crate::host::template::{Message, Template};
 
 /// Longest piece of text that the tokenizer has room for, in bytes: a word, or, for tokenizers that do not cut at
 /// spaces, a whole line.
@@ -46,7 +46,7 @@ pub fn main(args: &ChatArgs) -> Result<()> {
     let (setup, template, params) = found.file.probe(|image, tokenizer| {
         let model = image.model();
         let tokenizer = tokenizer.with_context(|| format!("{} has no tokenizer", found.file.path.display()))?;
-        let template = Template::load(&found.file, &tokenizer)?;
+        let template = found.file.chat_template(&tokenizer)?;
         let params = args.sample.params(model.record());
         let extra = Extra {
             candidates: Sampler::candidates(&params, model.vocab()),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use forebay::template::Message;
 use forebay_runtime::open::Image;
 use forebay_runtime::sample::{Sampler, SamplerParams};
 use forebay_runtime::tokenizer::{EncodeOptions, Tokenizer};
@@ -16,7 +17,6 @@ use crate::host::generate::{Generated, Until, generate, rate};
 use crate::host::models::Found;
 use crate::host::session::{self, Extra, Session, Setup};
 use crate::host::size::bytes_text;
-use crate::host::template::{Message, Template};
 
 /// Tokens that are generated unless it is said.
 const DEFAULT_COUNT: usize = 200;
@@ -164,7 +164,7 @@ impl RunArgs {
         let path = found.file.path.display();
         let tokenizer = tokenizer.with_context(|| format!("{path} has no tokenizer; give --token-ids"))?;
         let (text, add_bos) = if self.chats() {
-            let template = Template::load(&found.file, &tokenizer)?;
+            let template = found.file.chat_template(&tokenizer)?;
             let system = self.system.as_ref().map(|system| Message::new("system", system));
             let messages: Vec<Message> = system.into_iter().chain([Message::new("user", text)]).collect();
             let text = template.render(&messages, true)?;

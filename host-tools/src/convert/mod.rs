@@ -17,6 +17,7 @@ use forebay_kernels::weights::{Fields as CodeFields, Group};
 use forebay_runtime::model::record::{
     LayerRecord, MatrixRecord, ModelRecord, NO_ROPE, Operator, RECORD_VERSION, ROUTER_NORMALISE, Router,
 };
+use forebay_runtime::tokenizer::Tokenizer;
 use forebay_storage::image::{MAX_PAGE, MIN_PAGE};
 use serde::Serialize;
 use zerocopy::FromZeros;
@@ -27,6 +28,7 @@ use crate::arch::{self, Architecture, FeedForward, Mixer, Model};
 use crate::gguf::{self, Gguf};
 use crate::neurons::NeuronPlan;
 use crate::source::{Fields, Format, Key, Source, read_json};
+use crate::template::{self, Template};
 use crate::tokenizer::{GgufTokenizer, TokenizerSource, from_gguf_fields};
 
 /// Encoding that weights are asked to have.
@@ -249,6 +251,7 @@ pub fn convert_source(
     let mut notices = core::mem::take(&mut plan.notices);
     let tokenizer = tokenizer(source, &mut notices).with_context(|| model.display().to_string())?;
     let chat_template = chat_template(source)?;
+    let chat_turns = chat_turns(tokenizer.as_deref(), chat_template.as_deref(), &mut notices)?;
     for notice in &notices {
         progress.message(notice);
     }
@@ -256,7 +259,8 @@ pub fn convert_source(
     let name = options.name.clone().unwrap_or_else(|| source.name.clone());
     let metadata = metadata(source, &name, &plan.label, options);
     let records = records(&description, &plan, &sampling, &name);
-    let sections = writer::Sections { tokenizer, chat_template: chat_template.map(String::into_bytes), metadata };
+    let sections =
+        writer::Sections { tokenizer, chat_template: chat_template.map(String::into_bytes), chat_turns, metadata };
     let written = writer::write(source, &plan, records, &sections, image, options, progress)
         .with_context(|| format!("writing {}", image.display()))?;
     Ok(ConvertReport {
@@ -478,6 +482,17 @@ fn chat_template(source: &Source) -> Result<Option<String>> {
             Ok(template.filter(|t| !t.is_empty()).map(str::to_owned))
         }
     }
+}
+
+/// The CHAT TURNS section, if the template only puts texts between the turns.
+fn chat_turns(tokenizer: Option<&[u8]>, template: Option<&str>, notices: &mut Vec<String>) -> Result<Option<Vec<u8>>> {
+    let (Some(tokenizer), Some(template)) = (tokenizer, template) else { return Ok(None) };
+    let tokenizer = Tokenizer::parse(tokenizer)?;
+    let turns = Template::new(template.to_owned(), &tokenizer).ok().and_then(|template| template::turns(&template));
+    if turns.is_none() {
+        notices.push("the chat template does more than put texts between turns: boards cannot chat with it".into());
+    }
+    Ok(turns.map(|texts| template::turns_section(&texts)))
 }
 
 /// The sampling that generation_config.json or a GGUF file suggests.

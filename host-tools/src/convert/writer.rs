@@ -34,6 +34,7 @@ const STEP: u64 = 512 << 10;
 pub(super) struct Sections {
     pub tokenizer: Option<Vec<u8>>,
     pub chat_template: Option<Vec<u8>>,
+    pub chat_turns: Option<Vec<u8>>,
     pub metadata: Vec<u8>,
 }
 
@@ -98,6 +99,7 @@ fn layout(
         (SectionKind::Extents, extent_count * size_of::<ExtentRecord>() as u64),
         (SectionKind::Tokenizer, sections.tokenizer.as_ref().map_or(0, Vec::len) as u64),
         (SectionKind::ChatTemplate, sections.chat_template.as_ref().map_or(0, Vec::len) as u64),
+        (SectionKind::ChatTurns, sections.chat_turns.as_ref().map_or(0, Vec::len) as u64),
         (SectionKind::Metadata, sections.metadata.len() as u64),
     ];
     let mut at = data_start(page);
@@ -471,6 +473,7 @@ fn write_sections(
             SectionKind::Extents => extents.as_bytes(),
             SectionKind::Tokenizer => sections.tokenizer.as_deref().unwrap_or_default(),
             SectionKind::ChatTemplate => sections.chat_template.as_deref().unwrap_or_default(),
+            SectionKind::ChatTurns => sections.chat_turns.as_deref().unwrap_or_default(),
             _ => &sections.metadata,
         }
     };

@@ -7,4 +7,3 @@ pub mod npy;
 pub mod session;
 pub mod size;
 pub mod store;
-pub mod template;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use forebay::template::Template;
 use forebay::trace;
 use forebay_kernels::attention::KvFormat;
 use forebay_kernels::exec::{Backend, Exec};
@@ -87,6 +88,15 @@ impl ImageFile {
         File::open(&self.path).and_then(|f| f.read_exact_at(&mut bytes, section.offset)).with_context(what)?;
         section.verify(&bytes).with_context(what)?;
         String::from_utf8(bytes).map(Some).with_context(what)
+    }
+
+    /// The chat template, with the tokens of `tokenizer`.
+    pub fn chat_template(&self, tokenizer: &Tokenizer<'_>) -> Result<Template> {
+        let path = self.path.display();
+        let source = self.text(SectionKind::ChatTemplate)?.with_context(|| {
+            format!("{path} has no chat template: its model was not made for chat; use `forebay run -p` instead")
+        })?;
+        Template::new(source, tokenizer).with_context(|| format!("the chat template of {path}"))
     }
 
     /// Opens the image in memory of its own and hands it to `look`.

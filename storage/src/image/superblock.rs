@@ -73,6 +73,8 @@ pub enum SectionKind {
     Auth,
     /// 9: the signed manifest.
     Manifest,
+    /// 10: the chat template as plain texts.
+    ChatTurns,
     /// A kind of a later version that may be skipped.
     Other(u32),
 }
@@ -91,6 +93,7 @@ impl SectionKind {
             7 => Self::Plan,
             8 => Self::Auth,
             9 => Self::Manifest,
+            10 => Self::ChatTurns,
             other => Self::Other(other),
         }
     }
@@ -108,6 +111,7 @@ impl SectionKind {
             Self::Plan => 7,
             Self::Auth => 8,
             Self::Manifest => 9,
+            Self::ChatTurns => 10,
             Self::Other(code) => code,
         }
     }
@@ -133,6 +137,7 @@ impl fmt::Display for SectionKind {
             Self::Plan => "plan",
             Self::Auth => "auth",
             Self::Manifest => "manifest",
+            Self::ChatTurns => "chat turns",
             Self::Other(code) => return write!(f, "kind {code}"),
         };
         f.write_str(name)
