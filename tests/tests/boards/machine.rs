@@ -1,0 +1,383 @@
+//! Emulated machines: building their binaries, booting them, reading what they print.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use forebay_conformance::reference::argmax;
+use forebay_conformance::{Run, Setup, run, skipped};
+use forebay_kernels::attention::KvFormat;
+
+/// Longest time that one boot may take.
+const PATIENCE: Duration = Duration::from_secs(100);
+
+/// How a machine gets at an image.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Disk {
+    /// The image is a virtio disk.
+    Virtio,
+    /// The image is in a partition of an SD card.
+    SdCard,
+}
+
+/// An emulated machine and its board binary.
+pub struct Machine {
+    pub name: &'static str,
+    /// Folder of the board, and name of its binary.
+    pub board: &'static str,
+    pub target: &'static str,
+    pub qemu: &'static str,
+    /// QEMU's arguments, but for the processor.
+    pub machine: &'static [&'static str],
+    /// QEMU's names of the processors; empty for the machine's own.
+    pub cpus: &'static [&'static str],
+    pub disk: Disk,
+    /// Bytes of memory-mapped flash; 0 for none.
+    pub flash_len: u64,
+    /// Boots the bare bytes rather than an ELF file, as the board's firmware does.
+    pub raw: bool,
+    /// Words that bound the memory of a board that has much.
+    pub bounds: &'static str,
+    /// The program that QEMU boots, built once.
+    pub kernel: OnceLock<Option<Kernel>>,
+}
+
+/// A board's binary.
+pub struct Kernel {
+    pub elf: PathBuf,
+    /// What QEMU is given.
+    boots: PathBuf,
+}
+
+/// Arguments for a machine with 16 MiB of RAM and slots for virtio devices.
+macro_rules! virt {
+    ($($arg:literal),*) => {
+        &["-M", "virt", "-m", "16M", "-nic", "none", "-global", "virtio-mmio.force-legacy=false", $($arg),*]
+    };
+}
+
+const SEMIHOSTING: &[&str] = &["-semihosting-config", "enable=on,target=native"];
+
+pub static AARCH64: Machine = Machine {
+    name: "aarch64-virt",
+    board: "aarch64-virt",
+    target: "aarch64-unknown-none",
+    qemu: "qemu-system-aarch64",
+    machine: virt![],
+    cpus: &["cortex-a76", "cortex-a53", "cortex-a72"],
+    disk: Disk::Virtio,
+    flash_len: 64 << 20,
+    raw: false,
+    bounds: "",
+    kernel: OnceLock::new(),
+};
+
+const fn pi(name: &'static str, machine: &'static [&'static str]) -> Machine {
+    Machine {
+        name,
+        board: "raspi",
+        target: "aarch64-unknown-none",
+        qemu: "qemu-system-aarch64",
+        machine,
+        cpus: &[""],
+        disk: Disk::SdCard,
+        flash_len: 0,
+        raw: true,
+        bounds: "arena=2713600 ",
+        kernel: OnceLock::new(),
+    }
+}
+
+pub static RASPI3: Machine = pi("raspi3b", &["-M", "raspi3b"]);
+
+pub static RASPI4: Machine = pi("raspi4b", &["-M", "raspi4b"]);
+
+pub static RISCV64: Machine = Machine {
+    name: "riscv64-virt",
+    board: "riscv64-virt",
+    target: "riscv64gc-unknown-none-elf",
+    qemu: "qemu-system-riscv64",
+    machine: virt!["-bios", "none"],
+    cpus: &["rv64", "rv64,v=true,vlen=128", "rv64,v=true,vlen=256"],
+    disk: Disk::Virtio,
+    flash_len: 32 << 20,
+    raw: false,
+    bounds: "",
+    kernel: OnceLock::new(),
+};
+
+/// Supervisor mode under QEMU's OpenSBI.
+pub static RISCV64_SBI: Machine = Machine {
+    name: "riscv64-sbi",
+    board: "riscv64-sbi",
+    target: "riscv64gc-unknown-none-elf",
+    qemu: "qemu-system-riscv64",
+    machine: virt![],
+    cpus: &["rv64", "rv64,v=true,vlen=128", "rv64,v=true,vlen=256"],
+    disk: Disk::Virtio,
+    flash_len: 32 << 20,
+    raw: false,
+    bounds: "",
+    kernel: OnceLock::new(),
+};
+
+pub static MACHINES: [&Machine; 5] = [&AARCH64, &RASPI3, &RASPI4, &RISCV64, &RISCV64_SBI];
+
+pub fn repository() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+}
+
+/// Skips loudly, or fails where boards are required.
+fn missing(what: &str) {
+    let required = std::env::var_os("FOREBAY_REQUIRE_BOARDS").is_some_and(|v| v == "1");
+    assert!(!required, "FOREBAY_REQUIRE_BOARDS is set, but {what}");
+    skipped(&format!("{what}; nothing was booted"));
+}
+
+/// The bytes that an ELF file (64 bits, little-endian) has in memory, from its first one on.
+fn flatten(elf: &[u8]) -> Vec<u8> {
+    let number = |at: usize, len: usize| elf[at..at + len].iter().rev().fold(0, |n, b| n << 8 | usize::from(*b));
+    assert_eq!(elf[..6], *b"\x7fELF\x02\x01");
+    let (table, entry, count) = (number(32, 8), number(54, 2), number(56, 2));
+    let headers = (0..count).map(|i| table + i * entry).filter(|at| number(*at, 4) == 1 && number(at + 32, 8) > 0);
+    // Offset in the file, physical address, bytes in the file.
+    let segments: Vec<_> = headers.map(|at| (number(at + 8, 8), number(at + 24, 8), number(at + 32, 8))).collect();
+    let start = segments.iter().map(|(_, address, _)| *address).min().expect("something is loaded");
+    let mut bytes = Vec::new();
+    for (offset, address, len) in segments {
+        bytes.resize(bytes.len().max(address - start + len), 0);
+        bytes[address - start..][..len].copy_from_slice(&elf[offset..][..len]);
+    }
+    bytes
+}
+
+impl Machine {
+    /// The board's binary, built once; `None` if this host cannot build or boot it.
+    pub fn kernel(&self) -> Option<&Kernel> {
+        self.kernel.get_or_init(|| self.build()).as_ref()
+    }
+
+    fn build(&self) -> Option<Kernel> {
+        if !Command::new(self.qemu).arg("--version").stdout(Stdio::null()).status().is_ok_and(|s| s.success()) {
+            missing(&format!("{} is not installed", self.qemu));
+            return None;
+        }
+        // One target directory for all boards, so that core and the crates below them are built once a target.
+        let target_dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("boards");
+        let build = Command::new(repository().canonicalize().unwrap().join(".ci/bare-metal"))
+            .args([self.target, "build", "--release", "--locked", "--message-format=json-render-diagnostics"])
+            .current_dir(repository().join("board-support/boards").join(self.board))
+            .env("CARGO_TARGET_DIR", &target_dir)
+            .env_remove("RUSTFLAGS")
+            .stderr(Stdio::inherit())
+            .output()
+            .expect("bash runs");
+        if build.status.code() == Some(69) {
+            missing(&format!("there is no toolchain for {}", self.target));
+            return None;
+        }
+        assert!(build.status.success(), "building {} failed", self.board);
+        let messages = String::from_utf8(build.stdout).unwrap();
+        let elf = messages
+            .lines()
+            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+            .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
+            .next_back()
+            .expect("cargo names the executable");
+        if !self.raw {
+            return Some(Kernel { boots: elf.clone(), elf });
+        }
+        let boots = target_dir.join(format!("{}.img", self.name));
+        std::fs::write(&boots, flatten(&std::fs::read(&elf).unwrap())).unwrap();
+        Some(Kernel { elf, boots })
+    }
+}
+
+/// A boot's conditions.
+pub struct Boot<'a> {
+    pub machine: &'a Machine,
+    pub cpu: &'a str,
+    pub disk: Option<&'a File>,
+    /// Added to the disk's `-drive`.
+    pub drive: &'a str,
+    pub flash: Option<&'a Path>,
+    pub words: String,
+    /// Further arguments of QEMU; the last `-M` and `-m` count.
+    pub more: &'a [&'a str],
+    /// Whether the machine answers semihosting calls, as no real board does.
+    pub semihosting: bool,
+    /// Text after which the machine is switched off.
+    pub until: Option<&'a str>,
+}
+
+impl<'a> Boot<'a> {
+    pub fn new(machine: &'a Machine, words: impl Into<String>) -> Self {
+        Self {
+            machine,
+            cpu: machine.cpus[0],
+            disk: None,
+            drive: "",
+            flash: None,
+            words: words.into(),
+            more: &[],
+            semihosting: true,
+            until: None,
+        }
+    }
+
+    /// Runs to the end; `None` if this host cannot.
+    pub fn run(&self) -> Option<Report> {
+        let kernel = self.machine.kernel()?;
+        let mut qemu = Command::new(self.machine.qemu);
+        qemu.args(self.machine.machine).args(["-display", "none", "-monitor", "none", "-serial", "stdio"]);
+        if !self.cpu.is_empty() {
+            qemu.args(["-cpu", self.cpu]);
+        }
+        if self.semihosting {
+            qemu.args(SEMIHOSTING);
+        }
+        if let Some(disk) = self.disk {
+            match self.machine.disk {
+                Disk::Virtio => {
+                    let drive = format!("file={},if=none,format=raw,readonly=on,id=disk", disk.path.display());
+                    qemu.args(["-drive", &(drive + self.drive), "-device", "virtio-blk-device,drive=disk"]);
+                }
+                // A card cannot be read-only as a whole; nothing writes to it.
+                Disk::SdCard => {
+                    let drive = format!("file={},if=sd,format=raw", disk.card().display());
+                    qemu.args(["-drive", &(drive + self.drive)]);
+                }
+            }
+        }
+        if let Some(flash) = self.flash {
+            let drive = format!("file={},if=pflash,unit=1,format=raw,readonly=on", flash.display());
+            qemu.args(["-drive", &drive]);
+        }
+        qemu.arg("-kernel").arg(&kernel.boots).args(["-append", &self.words]).args(self.more);
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("console");
+        let console = std::fs::File::create(&log).unwrap();
+        qemu.stdin(Stdio::null()).stderr(console.try_clone().unwrap()).stdout(console);
+        let mut child = qemu.spawn().unwrap();
+        let start = Instant::now();
+        let read = || String::from_utf8_lossy(&std::fs::read(&log).unwrap()).replace('\r', "");
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status.code();
+            }
+            if start.elapsed() > PATIENCE || self.until.is_some_and(|text| read().contains(text)) {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                break None;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        let text = read();
+        println!("--- {} {} {:?} -> {status:?}\n{text}", self.machine.name, self.cpu, self.words);
+        if text.contains("Unable to find the RISC-V BIOS") {
+            missing("OpenSBI is not installed");
+            return None;
+        }
+        Some(Report { status, text })
+    }
+}
+
+/// What a boot printed.
+pub struct Report {
+    /// Exit status; `None` if it had to be killed.
+    pub status: Option<i32>,
+    pub text: String,
+}
+
+impl Report {
+    /// The rest of the line that starts with `key`.
+    pub fn line(&self, key: &str) -> &str {
+        let line = self.text.lines().find_map(|line| line.strip_prefix(key));
+        line.unwrap_or_else(|| panic!("no line {key:?}"))
+    }
+
+    fn ids(&self, key: &str) -> Vec<u32> {
+        serde_json::from_str(self.line(key)).unwrap()
+    }
+
+    /// All numbers of a line, in order.
+    pub fn numbers(&self, key: &str) -> Vec<u64> {
+        let words = self.line(key).split(|c: char| !c.is_ascii_digit());
+        words.filter(|w| !w.is_empty()).map(|w| w.parse().unwrap()).collect()
+    }
+
+    /// Asserts that tokens and logits are this host's for the same image, and gives prompt and answer.
+    pub fn agrees(&self, image: &[u8], kv: KvFormat) -> (Vec<u32>, Vec<u32>) {
+        assert_eq!(self.status, Some(0));
+        self.has_the_hosts_bits(image, kv)
+    }
+
+    /// As [`Report::agrees`], of a machine that does not end by itself.
+    pub fn has_the_hosts_bits(&self, image: &[u8], kv: KvFormat) -> (Vec<u32>, Vec<u32>) {
+        let (prompt, answer) = (self.ids("prompt: "), self.ids("tokens: "));
+        let fed: Vec<u32> = prompt.iter().chain(&answer[..answer.len() - 1]).copied().collect();
+        let host: Run = run(image, &Setup { kv, ..Setup::default() }, &fed).unwrap();
+        let vocab = host.logits.len() / fed.len();
+        let rows = host.logits.chunks_exact(vocab).skip(prompt.len() - 1);
+        let greedy: Vec<u32> = rows.map(|row| argmax(row) as u32).collect();
+        assert_eq!(answer, greedy, "the host continues otherwise");
+        let want = format!("{:#018x} over {} rows of {vocab}", host.hash(), fed.len());
+        assert_eq!(self.line("logits: "), want, "same tokens, but not the same bits");
+        (prompt, answer)
+    }
+
+    pub fn fails(&self, status: i32, message: &str) {
+        assert!(self.text.contains(message), "the console does not say {message:?}");
+        assert_eq!(self.status, Some(status));
+    }
+}
+
+/// An image as a file for QEMU that lives as long as the test.
+pub struct File {
+    pub path: PathBuf,
+    card: OnceLock<PathBuf>,
+    dir: tempfile::TempDir,
+}
+
+pub fn file(bytes: &[u8]) -> File {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    std::fs::write(&path, bytes).unwrap();
+    File { path, card: OnceLock::new(), dir }
+}
+
+impl File {
+    /// A card that has the image in its second partition.
+    fn card(&self) -> &Path {
+        self.card.get_or_init(|| {
+            let card = self.dir.path().join("card");
+            std::fs::write(&card, card_of(&std::fs::read(&self.path).unwrap())).unwrap();
+            card
+        })
+    }
+
+    /// A card of exactly these bytes.
+    pub fn card_itself(self) -> Self {
+        self.card.set(self.path.clone()).expect("the card is not made yet");
+        self
+    }
+}
+
+/// A card with a master boot record: a first partition for the firmware, empty here, and the image in a second one. A
+/// power of two of bytes, because QEMU wants that.
+pub fn card_of(image: &[u8]) -> Vec<u8> {
+    const BLOCK: usize = 512;
+    const MEGABYTE: usize = 1 << 20;
+    let entry = |kind: u8, start: usize, len: usize| {
+        let (start, len) = ((start / BLOCK) as u32, (len / BLOCK) as u32);
+        [0, u32::from(kind), start, len].map(u32::to_le_bytes).concat()
+    };
+    let mut card = vec![0; 2 * MEGABYTE];
+    card[446..462].copy_from_slice(&entry(0x0c, MEGABYTE, MEGABYTE));
+    card[462..478].copy_from_slice(&entry(0xda, 2 * MEGABYTE, image.len().next_multiple_of(BLOCK)));
+    card[510..512].copy_from_slice(&[0x55, 0xaa]);
+    card.extend_from_slice(image);
+    card.resize(card.len().next_power_of_two(), 0);
+    card
+}
