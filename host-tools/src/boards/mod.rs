@@ -111,6 +111,18 @@ const fn pflash(len: u64, bytes_per_second: u64) -> Medium {
     Medium { kind: MediumKind::Flash, device: "CFI flash, memory-mapped", len: Some(len), block: 1, bandwidth }
 }
 
+/// A SPI NOR chip, read a byte at a time through a FIFO.
+const fn spi_nor(len: u64, bytes_per_second: u64) -> Medium {
+    let bandwidth = Bandwidth { bytes_per_second, basis: Basis::Emulated };
+    Medium { kind: MediumKind::Flash, device: "SPI NOR flash", len: Some(len), block: 1, bandwidth }
+}
+
+/// An SD card. Bandwidth: [`Basis::Emulated`], without DMA.
+const fn sd_card(bytes_per_second: u64) -> Medium {
+    let bandwidth = Bandwidth { bytes_per_second, basis: Basis::Emulated };
+    Medium { kind: MediumKind::Card, device: "SD card", len: None, block: 512, bandwidth }
+}
+
 /// All boards.
 pub const BOARDS: &[Board] = &[
     Board {
@@ -124,19 +136,12 @@ pub const BOARDS: &[Board] = &[
     },
     Board {
         name: "raspi",
-        machine: "Raspberry Pi 3 and 4, also in QEMU",
+        machine: "Raspberry Pi 3 and 4, booted in QEMU only",
         target: "aarch64-unknown-none",
-        // What the firmware leaves of the first gigabyte, and of that what the program does not take.
-        ram: 944 << 20,
-        arena: 940 << 20,
+        ram: 940 << 20,
+        arena: 936 << 20,
         stack: 64 << 10,
-        media: &[Medium {
-            kind: MediumKind::Card,
-            device: "SD card, partition of type 0xda",
-            len: None,
-            block: 512,
-            bandwidth: Bandwidth { bytes_per_second: 22 * MB, basis: Basis::Typical },
-        }],
+        media: &[sd_card(2 * MB)],
     },
     Board {
         name: "riscv64-virt",
@@ -155,6 +160,15 @@ pub const BOARDS: &[Board] = &[
         arena: 2664 << 10,
         stack: 48 << 10,
         media: &[pflash(32 << 20, 15 * MB), virtio(15 * MB)],
+    },
+    Board {
+        name: "sifive-u",
+        machine: "SiFive HiFive Unleashed, booted in QEMU only",
+        target: "riscv64gc-unknown-none-elf",
+        ram: 13 << 20,
+        arena: 2664 << 10,
+        stack: 48 << 10,
+        media: &[spi_nor(32 << 20, MB * 7 / 10)],
     },
 ];
 

@@ -17,6 +17,13 @@ pub struct Rows {
     pub targets: Vec<f32>,
 }
 
+impl Rows {
+    /// Clusters that there are targets of.
+    fn clusters(&self, hidden: usize) -> usize {
+        self.targets.len() / (self.inputs.len() / hidden).max(1)
+    }
+}
+
 /// `score = gate x + bias`, one a cluster.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Predictor {
@@ -27,10 +34,10 @@ pub struct Predictor {
 }
 
 impl Predictor {
-    /// Predicts the same for every token: the mean of each cluster's target.
+    /// Predicts the same for every token: the mean of each cluster's target over the first `tokens` rows.
     #[must_use]
     pub fn mean(rows: &Rows, tokens: usize, hidden: usize) -> Self {
-        let clusters = rows.targets.len() / tokens.max(1);
+        let clusters = rows.clusters(hidden);
         let mut bias = vec![0.0; clusters];
         for row in rows.targets.chunks_exact(clusters.max(1)).take(tokens) {
             bias.iter_mut().zip(row).for_each(|(b, y)| *b += y / tokens as f32);
@@ -90,7 +97,7 @@ mod tests {
         let true_map = Predictor { gate, bias: vec![3.0, -1.0, 0.5] };
         let targets = inputs.chunks_exact(hidden).flat_map(|x| true_map.scores(x).collect::<Vec<_>>()).collect();
         let rows = Rows { inputs, targets };
-        let found = fit(&rows, tokens, hidden).unwrap();
+        let found = fit(&rows, tokens * 3 / 4, hidden).unwrap();
         let error = |p: &Predictor| -> f32 {
             let want = rows.targets.chunks_exact(clusters);
             let rows = rows.inputs.chunks_exact(hidden).zip(want);

@@ -147,16 +147,13 @@ impl UnitShape {
 
 #[cfg(test)]
 mod tests {
-    extern crate std;
-
     use super::*;
     use forebay_kernels::matmul::row_to_f32;
     use forebay_kernels::weights::{Encoding, Fields, Group, Quant};
 
-    use std::vec;
-    use std::vec::Vec;
-
     const PAGE: u32 = 512;
+    /// Bytes of [`unit`]'s extent.
+    const LEN: usize = 4608;
 
     fn shape(rows: u32, cols: u32, widths: [u8; 4]) -> MatrixShape {
         let fields = Fields::new(widths).unwrap();
@@ -174,8 +171,9 @@ mod tests {
     }
 
     /// An extent of the unit: scales of 1, fields of `0x5a`, gains 2 to 10.
-    fn extent(unit: &UnitShape) -> Vec<u8> {
-        let mut bytes = vec![0; unit.prefix_len(unit.levels(), PAGE) as usize];
+    fn extent(unit: &UnitShape) -> [u8; LEN] {
+        assert_eq!(unit.prefix_len(unit.levels(), PAGE), LEN as u64);
+        let mut bytes = [0; LEN];
         let mut head = UnitHead::default();
         head.gains.as_flattened_mut().iter_mut().zip(2u8..).for_each(|(gain, i)| gain.set(i.into()));
         bytes[..64].copy_from_slice(head.as_bytes());
@@ -201,8 +199,12 @@ mod tests {
         let bytes = extent(&unit);
         let together = unit.split(4, PAGE, &bytes).unwrap();
         assert!(together.iter().enumerate().all(|(l, piece)| piece.len() as u64 == unit.level_len(l, PAGE)));
-        let apart = together.map(<[u8]>::to_vec);
-        let apart: Vec<&[u8]> = apart.iter().map(Vec::as_slice).collect();
+        let mut buffers = [[0; LEN]; 4];
+        let mut apart: [&[u8]; 4] = [&[]; 4];
+        for ((buffer, from), piece) in buffers.iter_mut().zip(together).zip(&mut apart) {
+            buffer[..from.len()].copy_from_slice(from);
+            *piece = buffer;
+        }
         for levels in 1..=4 {
             let [a, b] = [&together[..], &apart[..levels]].map(|pieces| unit.view(levels, PAGE, pieces).unwrap());
             for (a, b) in [(a.gate, b.gate), (a.up, b.up), (a.down, b.down)] {
@@ -248,7 +250,8 @@ mod tests {
         let plain = shape(32, 32, [4, 0, 0, 0]);
         let unit = UnitShape { gate: plain, up: plain, down: plain };
         assert_eq!(unit.region(0, None, PAGE).start, 0);
-        let bytes = vec![0; unit.prefix_len(1, PAGE) as usize];
+        let bytes = [0; 2048];
+        assert_eq!(unit.prefix_len(1, PAGE), bytes.len() as u64);
         assert_eq!(unit.view(1, PAGE, &[&bytes]).unwrap().gate.gain(), 1.0);
     }
 }

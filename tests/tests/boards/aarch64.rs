@@ -1,9 +1,11 @@
 //! What only the AArch64 boards have: exception levels, dot products found at run time, further cores, SD cards, and
 //! hardware without a debugger.
 
+use forebay::boards::{Board, BootFiles, MediumKind, write_medium};
+use forebay::convert::Silent;
 use forebay_kernels::attention::KvFormat;
 
-use crate::machine::{AARCH64, Boot, RASPI3, RASPI4, card_of, file};
+use crate::machine::{AARCH64, Boot, File, RASPI3, RASPI4, card_of, file};
 use crate::{PROMPT, fixture};
 
 /// Firmware hands over on EL1, EL2 or EL3; the scalar definition and the vector code agree.
@@ -74,6 +76,19 @@ fn further_cores_compute() {
     }
 }
 
+/// The card that `forebay image` makes is one that the board reads.
+#[test]
+fn a_written_card_is_read() {
+    let disk = file(fixture());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("card");
+    let medium = Board::by_name("raspi").and_then(|board| board.medium(MediumKind::Card)).unwrap();
+    write_medium(medium, &disk.path, &path, &BootFiles::default(), &mut Silent).unwrap();
+    let card = File::of_card(path, folder);
+    let Some(report) = (Boot { disk: Some(&card), ..Boot::new(&RASPI4, PROMPT) }).run() else { return };
+    report.agrees(fixture(), KvFormat::F16);
+}
+
 /// What is wrong with a card, rather than with the image on it.
 #[test]
 fn cards_are_looked_at() {
@@ -85,7 +100,7 @@ fn cards_are_looked_at() {
     assert!(short.len() < (2 << 20) + fixture().len());
     for machine in [&RASPI3, &RASPI4] {
         let boot = |card: &[u8]| {
-            let disk = file(card).card_itself();
+            let disk = File::of_card_bytes(card);
             Boot { disk: Some(&disk), ..Boot::new(machine, PROMPT) }.run()
         };
         let Some(report) = boot(&unpartitioned) else { return };
@@ -99,7 +114,7 @@ fn cards_are_looked_at() {
 fn a_cards_errors_are_met_by_checksums() {
     let card = file(&card_of(fixture()));
     // The last page of the image is a unit's.
-    let sector = ((2 << 20) + fixture().len()) / 512 - 4;
+    let sector = ((2 << 20) + fixture().len()) / 512 - 8;
     for (once, status) in [("on", 0), ("off", 9)] {
         let fault = format!("file.inject-error.0.event=read_aio,file.inject-error.0.sector={sector}");
         let layers = format!("driver=raw,file.driver=blkdebug,file.image.driver=file,{fault}");

@@ -358,9 +358,14 @@ impl File {
     }
 
     /// A card of exactly these bytes.
-    pub fn card_itself(self) -> Self {
-        self.card.set(self.path.clone()).expect("the card is not made yet");
-        self
+    pub fn of_card_bytes(bytes: &[u8]) -> Self {
+        let file = file(bytes);
+        Self::of_card(file.path, file.dir)
+    }
+
+    /// The card at `path` in `dir`.
+    pub fn of_card(path: PathBuf, dir: tempfile::TempDir) -> Self {
+        Self { card: OnceLock::from(path.clone()), path, dir }
     }
 }
 

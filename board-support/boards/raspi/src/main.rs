@@ -23,6 +23,8 @@ use forebay_board::stack::Stack;
 use heapless::Vec;
 use pi::Pi;
 
+/// Most memory that the model lives in; the firmware may leave less.
+const ARENA: usize = 936 << 20;
 /// The end of the memory that is mapped: what the firmware leaves to the processor ends below on both boards.
 const MEMORY_END: usize = 0x3b00_0000;
 /// The cores wait for words from here on.
@@ -136,14 +138,16 @@ extern "C" fn board_main(level: u64, tree: usize) -> ! {
     let semihosting = semihosting_answers();
     let mut line = [MaybeUninit::uninit(); LINE];
     let memory_end = mailbox.memory_end().unwrap_or(MEMORY_END).min(MEMORY_END);
+    // SAFETY: the firmware leaves memory up to its end to this program, and nothing else lies behind the image.
+    let memory = unsafe { boot::free_memory(memory_end) };
+    let arena = memory.len().min(ARENA);
     let board = Board {
         name: pi.name(),
         processor: &Processor { entered: level },
         console: &mut pi.console(),
         clock: clock(),
         command_line: command_line(&mut line, semihosting, tree),
-        // SAFETY: the firmware leaves memory up to its end to this program, and nothing else lies behind the image.
-        arena: unsafe { boot::free_memory(memory_end) },
+        arena: &mut memory[..arena],
         stack,
         disk: Some(slots(pi, &mut gpio, &mut mailbox)),
         flash: &[],
