@@ -105,18 +105,17 @@ pub fn header(texts: &[&str; TEXTS]) -> [u8; HEADER] {
 
 #[cfg(test)]
 mod tests {
-    extern crate std;
-    use std::vec::Vec;
+    use heapless::Vec;
 
     use super::*;
 
     const TURNS: Turns<'_> =
         Turns { first: "<s>[", system: "<s>{", after_system: "}[", answer: "]", next: "</s>\n[é" };
 
-    fn section(turns: &Turns<'_>) -> Vec<u8> {
+    fn section(turns: &Turns<'_>) -> Vec<u8, 128> {
         let texts = turns.texts();
-        let mut bytes = header(&texts).to_vec();
-        texts.iter().for_each(|text| bytes.extend(text.as_bytes()));
+        let mut bytes = Vec::from_slice(&header(&texts)).unwrap();
+        texts.iter().for_each(|text| bytes.extend_from_slice(text.as_bytes()).unwrap());
         bytes
     }
 
@@ -145,7 +144,7 @@ mod tests {
         assert_eq!(changed(7, 0xff), Some(TurnsError::Lengths));
         assert_eq!(changed(whole.len() - 1, b'x'), Some(TurnsError::Text(4)));
         let mut longer = whole.clone();
-        longer.push(0);
+        longer.push(0).unwrap();
         assert_eq!(Turns::parse(&longer), Err(TurnsError::Lengths));
     }
 }
