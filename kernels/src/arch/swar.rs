@@ -8,13 +8,12 @@
 //! Bits are multiplied by magnitudes in 8-bit lanes, a lane a row, and flipped beforehand where the activation is
 //! negative: `q b = |q| (1 - b) - |q|`.
 //!
-//! Against tables of 256 sums a byte: 4 and 2 bits take fewer instructions this way, 1 bit as many, and no table has to
-//! be built or kept in a small cache.
+//! No table has to be built, or kept in a small cache.
 
 use crate::activations::{Acts, TokenActs};
 use crate::arch::{Kernels, TILE};
-use crate::reference::quant::QuantBlock;
-use crate::weights::ROW_BLOCK;
+use crate::reference::quant::{self, QuantBlock};
+use crate::weights::{MAX_FIELDS, ROW_BLOCK};
 
 /// The back-end.
 pub(crate) struct Swar;
@@ -30,18 +29,30 @@ impl Kernels for Swar {
 
 type Sums = [i32; ROW_BLOCK];
 
+/// A field as words, which not every core reads at any address; `None` if it is not aligned.
+fn words(field: &[u8]) -> Option<&[u64]> {
+    // SAFETY: any eight bytes are a word.
+    let (before, words, after) = unsafe { field.align_to::<u64>() };
+    (before.is_empty() && after.is_empty()).then_some(words)
+}
+
 /// The products of a row block with the tokens from `first` on.
 fn quant_tile(block: &QuantBlock<'_>, acts: &Acts<'_>, first: usize, out: &mut [[f32; ROW_BLOCK]]) {
     let len = block.quant.group.len();
     let (double, offset) = block.doubled_and_offset();
+    let mut fields: [&[u64]; MAX_FIELDS] = [&[]; MAX_FIELDS];
+    for (words_of, field) in fields.iter_mut().zip(&block.fields[..block.levels]) {
+        let Some(words) = words(field) else { return quant::quant_tile(block, acts, first, out) };
+        *words_of = words;
+    }
     let mut scales = [0.0; ROW_BLOCK];
     out.as_flattened_mut().fill(0.0);
     for group in 0..block.groups {
         let mut sums = [[0; ROW_BLOCK]; TILE];
         for level in 0..block.levels {
             let (width, shift) = block.field(level);
-            let bytes = len * ROW_BLOCK * usize::from(width) / 8;
-            let field = &block.fields[level][group * bytes..(group + 1) * bytes];
+            let words = len * ROW_BLOCK * usize::from(width) / 64;
+            let field = &fields[level][group * words..(group + 1) * words];
             for (t, sums) in sums.iter_mut().enumerate().take(out.len()) {
                 let acts = acts.token(first + t);
                 let q = &acts.codes[group * len..(group + 1) * len];
@@ -96,15 +107,14 @@ fn add_coefficients(polynomial: u64, shift: u32, sums: &mut [i32; 2]) {
 
 /// Adds to `sums` the products of one group of a field of 4 bits with the activations `q`, in steps of 16 K:
 /// coefficients are at most 8 * 2 * 15 * 127 < 2^15.
-fn nibble_field(field: &[u8], q: &[u8], shift: u32, sums: &mut Sums) {
+fn nibble_field(field: &[u64], q: &[u8], shift: u32, sums: &mut Sums) {
     const MASK: u64 = 0x000f_000f_000f_000f;
     let (pairs, _) = sums.as_chunks_mut::<2>();
-    for (block, q) in field.as_chunks::<256>().0.iter().zip(q.as_chunks::<16>().0) {
+    for (block, q) in field.as_chunks::<32>().0.iter().zip(q.as_chunks::<16>().0) {
         let m: [u64; 8] = core::array::from_fn(|i| multiplier(q, i / 2 * 4 + i % 2));
-        let (words, _) = block.as_chunks::<8>();
-        let (first, second) = words.split_at(16);
+        let (first, second) = block.split_at(16);
         for ((sums, a), b) in pairs.iter_mut().zip(first).zip(second) {
-            let (a, b) = (u64::from_le_bytes(*a), u64::from_le_bytes(*b));
+            let (a, b) = (u64::from_le(*a), u64::from_le(*b));
             let mut p = (a & MASK).wrapping_mul(m[0]);
             p = p.wrapping_add((a >> 8 & MASK).wrapping_mul(m[1]));
             p = p.wrapping_add((a >> 4 & MASK).wrapping_mul(m[2]));
@@ -119,13 +129,13 @@ fn nibble_field(field: &[u8], q: &[u8], shift: u32, sums: &mut Sums) {
 }
 
 /// The same for a field of 2 bits: coefficients are at most 8 * 2 * 3 * 127.
-fn pair_field(field: &[u8], q: &[u8], shift: u32, sums: &mut Sums) {
+fn pair_field(field: &[u64], q: &[u8], shift: u32, sums: &mut Sums) {
     const MASK: u64 = 0x0003_0003_0003_0003;
     let (pairs, _) = sums.as_chunks_mut::<2>();
-    for (block, q) in field.as_chunks::<128>().0.iter().zip(q.as_chunks::<16>().0) {
+    for (block, q) in field.as_chunks::<16>().0.iter().zip(q.as_chunks::<16>().0) {
         let m: [u64; 8] = core::array::from_fn(|i| multiplier(q, i / 2 * 4 + i % 2));
-        for (sums, word) in pairs.iter_mut().zip(block.as_chunks::<8>().0) {
-            let word = u64::from_le_bytes(*word);
+        for (sums, word) in pairs.iter_mut().zip(block) {
+            let word = u64::from_le(*word);
             let mut p = (word & MASK).wrapping_mul(m[0]);
             p = p.wrapping_add((word >> 8 & MASK).wrapping_mul(m[1]));
             p = p.wrapping_add((word >> 2 & MASK).wrapping_mul(m[2]));
@@ -141,13 +151,13 @@ fn pair_field(field: &[u8], q: &[u8], shift: u32, sums: &mut Sums) {
 
 /// The same for signed bytes, two rows a word. Codes are offset to 0..=255, which adds 128 times the activations' sum
 /// `a`; a 32-bit lane holds a whole group: 128 * 255 * 127 < 2^31.
-fn byte_field(field: &[u8], q: &[u8], a: i32, sums: &mut Sums) {
+fn byte_field(field: &[u64], q: &[u8], a: i32, sums: &mut Sums) {
     const MASK: u64 = 0x0000_00ff_0000_00ff;
     let mut words = [0u64; ROW_BLOCK / 2];
-    for (block, q) in field.as_chunks::<128>().0.iter().zip(q.as_chunks::<4>().0) {
+    for (block, q) in field.as_chunks::<16>().0.iter().zip(q.as_chunks::<4>().0) {
         let q = q.map(|q| i64::from(q as i8) as u64);
-        for (sum, word) in words.iter_mut().zip(block.as_chunks::<8>().0) {
-            let codes = u64::from_le_bytes(*word) ^ 0x8080_8080_8080_8080;
+        for (sum, word) in words.iter_mut().zip(block) {
+            let codes = u64::from_le(*word) ^ 0x8080_8080_8080_8080;
             let mut p = (codes & MASK).wrapping_mul(q[0]);
             p = p.wrapping_add((codes >> 8 & MASK).wrapping_mul(q[1]));
             p = p.wrapping_add((codes >> 16 & MASK).wrapping_mul(q[2]));
@@ -166,19 +176,18 @@ fn byte_field(field: &[u8], q: &[u8], a: i32, sums: &mut Sums) {
 
 /// The same for a field of 1 bit with activations of 7 bits, whose negative ones sum to `low`. Four products of at most
 /// 63 fit a byte, a group's sum of 128 fits 16 bits.
-fn bit_field(field: &[u8], q: &[u8], low: i32, shift: u32, sums: &mut Sums) {
+fn bit_field(field: &[u64], q: &[u8], low: i32, shift: u32, sums: &mut Sums) {
     const BITS: u64 = 0x0101_0101_0101_0101;
     const EVEN: u64 = 0x00ff_00ff_00ff_00ff;
     // Sums of the even and the odd rows of every eight.
     let mut words = [[0u64; 2]; ROW_BLOCK / 8];
-    for (block, q) in field.as_chunks::<128>().0.iter().zip(q.as_chunks::<32>().0) {
-        let (eights, _) = block.as_chunks::<8>();
+    for (block, q) in field.as_chunks::<16>().0.iter().zip(q.as_chunks::<32>().0) {
         for (t, q) in q.as_chunks::<8>().0.iter().enumerate() {
             let negative = q.iter().enumerate().fold(0, |bits, (i, q)| bits | u64::from(q >> 7) << i);
             let flip = negative.wrapping_mul(BITS);
             let m = q.map(|q| u64::from((q as i8).unsigned_abs()));
             for (i, [even, odd]) in words.iter_mut().enumerate() {
-                let codes = u64::from_le_bytes(eights[i / 2 * 8 + 2 * t + i % 2]) ^ flip;
+                let codes = u64::from_le(block[i / 2 * 8 + 2 * t + i % 2]) ^ flip;
                 let four = |at: usize| {
                     let product = |i: usize| (codes >> i & BITS).wrapping_mul(m[i]);
                     product(at) + product(at + 1) + product(at + 2) + product(at + 3)
