@@ -49,10 +49,10 @@ fn quant_tile(block: &QuantBlock<'_>, acts: &Acts<'_>, first: usize, out: &mut [
     out.as_flattened_mut().fill(0.0);
     for group in 0..block.groups {
         let mut sums = [[0; ROW_BLOCK]; TILE];
-        for level in 0..block.levels {
+        for (level, all) in fields.iter().enumerate().take(block.levels) {
             let (width, shift) = block.field(level);
             let words = len * ROW_BLOCK * usize::from(width) / 64;
-            let field = &fields[level][group * words..(group + 1) * words];
+            let field = &all[group * words..(group + 1) * words];
             for (t, sums) in sums.iter_mut().enumerate().take(out.len()) {
                 let acts = acts.token(first + t);
                 let q = &acts.codes[group * len..(group + 1) * len];
