@@ -163,7 +163,7 @@ pub struct Controller<R> {
 
 /// What the controller is to check in a response.
 pub trait Checked: Resp {
-    /// Bits for [`reg::COMMAND`].
+    /// Bits for the command register.
     const FLAGS: u32;
 }
 impl Checked for Rz {
