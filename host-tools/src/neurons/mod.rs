@@ -1,7 +1,7 @@
 //! Neuron clusters of dense feed-forwards: which neurons lie together, and which clusters a token needs.
 //!
 //! PowerInfer-2 (2406.06282, sections 4 and 5) profiles a model's activations offline, bundles neurons that are active
-//! together, and predicts at run time which of them a token needs. [`calibrate`] does the first two for activations that a
+//! together, and predicts at run time which of them a token needs. `calibrate` does the first two for activations that a
 //! run of the engine recorded; [`NeuronPlan`] is its result, which a conversion applies.
 
 mod calibrate;
