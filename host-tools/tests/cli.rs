@@ -424,6 +424,53 @@ fn perplexity_is_what_the_logits_say() {
     failure(1, &["perplexity", image(), "-f", text_path], &["two chunks of 512 need 1024", "-c"]);
 }
 
+/// Calibrating, converting with the result, and leaving neurons out.
+#[test]
+fn neurons_are_calibrated_and_left_out() {
+    let folder = scratch("neurons");
+    let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    let (text, neurons, clustered) = (path("text"), path("neurons"), path("clustered.fby"));
+    let story = "Once upon a time there was a king who had three sons, and the youngest of them was called Jack. ";
+    std::fs::write(&text, story.repeat(10)).unwrap();
+    let model = model();
+    let model = model.to_str().unwrap();
+    failure(2, &["calibrate", image(), "-f", &text, "-o", &neurons, "--cluster-neurons", "33"], &["multiple of 32"]);
+    failure(1, &["run", image(), "-p", "a", "--neurons-kept", "0.5"], &["forebay calibrate", "--neurons"]);
+    failure(1, &["convert", model, "-o", &clustered, "--neurons", &text], &["forebay calibrate"]);
+    let short = path("short");
+    std::fs::write(&short, "a king").unwrap();
+    failure(1, &["calibrate", image(), "-f", &short, "-o", &neurons], &["at least 64"]);
+
+    let calibrate = ["calibrate", image(), "-f", &text, "-o", &neurons, "-c", "64", "--json"];
+    let report: Value = serde_json::from_str(&stdout(&calibrate)).unwrap();
+    let layers = report["layers"].as_array().unwrap();
+    assert!(!layers.is_empty() && report["cluster_neurons"] == 32);
+    for layer in layers {
+        let (oracle, single) = (layer["oracle"][1].as_f64().unwrap(), layer["neuron_oracle"][1].as_f64().unwrap());
+        assert!(0.5 < oracle && oracle <= single && single <= 1.0, "{layer}");
+    }
+    assert!(stdout(&calibrate[..calibrate.len() - 1]).contains("oracle"));
+
+    stdout(&["convert", model, "-o", &clustered, "--neurons", &neurons]);
+    let error = ["calibrate", &clustered, "-f", &text, "-o", &neurons];
+    failure(1, &error, &["converted without --neurons"]);
+    let run = |options: &[&str]| -> Value {
+        let fixed = ["run", &clustered, "--token-ids", "1,310,272,500,261", "-n", "24", "--ignore-eos", "--json"];
+        let args: Vec<&str> = fixed.iter().chain(&["--temp", "0"]).chain(options).copied().collect();
+        serde_json::from_str(stdout(&args).lines().last().unwrap()).unwrap()
+    };
+    let half = ["--neurons-kept", "0.5"];
+    let exact = run(&[]);
+    assert!(exact["cache"]["neurons_used"].is_null());
+    let lossy = run(&half);
+    let used = lossy["cache"]["neurons_used"].as_f64().unwrap();
+    assert!(lossy["policy"]["neurons_kept"] == 0.5 && (0.2..0.8).contains(&used), "{lossy}");
+    for others in [["--ram", "5M"], ["--threads", "1"], ["--batch", "1"]] {
+        assert_eq!(run(&[&half[..], &others].concat())["tokens"], lossy["tokens"], "{others:?}");
+        assert_eq!(run(&others)["tokens"], exact["tokens"], "{others:?}");
+    }
+}
+
 /// The bundled model with a chat template, as an image.
 fn chat_image() -> String {
     let folder = scratch("chat");
