@@ -19,6 +19,8 @@ pub enum Disk {
     Virtio,
     /// The image is in a partition of an SD card.
     SdCard,
+    /// The image lies in a SPI NOR chip of this many bytes, which is always there.
+    SpiNor(u64),
 }
 
 /// An emulated machine and its board binary.
@@ -122,7 +124,22 @@ pub static RISCV64_SBI: Machine = Machine {
     kernel: OnceLock::new(),
 };
 
-pub static MACHINES: [&Machine; 5] = [&AARCH64, &RASPI3, &RASPI4, &RISCV64, &RISCV64_SBI];
+/// Hart 0 has no floating point, and hart 1 boots.
+pub static SIFIVE_U: Machine = Machine {
+    name: "sifive-u",
+    board: "sifive-u",
+    target: "riscv64gc-unknown-none-elf",
+    qemu: "qemu-system-riscv64",
+    machine: &["-M", "sifive_u", "-smp", "2", "-m", "16M", "-bios", "none", "-nic", "none"],
+    cpus: &[""],
+    disk: Disk::SpiNor(32 << 20),
+    flash_len: 0,
+    raw: false,
+    bounds: "",
+    kernel: OnceLock::new(),
+};
+
+pub static MACHINES: [&Machine; 6] = [&AARCH64, &RASPI3, &RASPI4, &RISCV64, &RISCV64_SBI, &SIFIVE_U];
 
 pub fn repository() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
@@ -248,6 +265,10 @@ impl<'a> Boot<'a> {
                     let drive = format!("file={},if=sd,format=raw", disk.card().display());
                     qemu.args(["-drive", &(drive + self.drive)]);
                 }
+                Disk::SpiNor(len) => {
+                    let drive = format!("file={},if=mtd,format=raw,readonly=on", disk.flash(len).display());
+                    qemu.args(["-drive", &(drive + self.drive)]);
+                }
             }
         }
         if let Some(flash) = self.flash {
@@ -337,6 +358,7 @@ impl Report {
 pub struct File {
     pub path: PathBuf,
     card: OnceLock<PathBuf>,
+    flash: OnceLock<PathBuf>,
     dir: tempfile::TempDir,
 }
 
@@ -344,7 +366,7 @@ pub fn file(bytes: &[u8]) -> File {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
     std::fs::write(&path, bytes).unwrap();
-    File { path, card: OnceLock::new(), dir }
+    File { path, card: OnceLock::new(), flash: OnceLock::new(), dir }
 }
 
 impl File {
@@ -357,6 +379,17 @@ impl File {
         })
     }
 
+    /// The image and what is behind it in a flash of `len` bytes: QEMU wants exactly those. What the image leaves is
+    /// a hole, and what does not fit is left out.
+    pub fn flash(&self, len: u64) -> &Path {
+        self.flash.get_or_init(|| {
+            let flash = self.dir.path().join("flash");
+            std::fs::copy(&self.path, &flash).unwrap();
+            std::fs::OpenOptions::new().write(true).open(&flash).unwrap().set_len(len).unwrap();
+            flash
+        })
+    }
+
     /// A card of exactly these bytes.
     pub fn of_card_bytes(bytes: &[u8]) -> Self {
         let file = file(bytes);
@@ -365,7 +398,7 @@ impl File {
 
     /// The card at `path` in `dir`.
     pub fn of_card(path: PathBuf, dir: tempfile::TempDir) -> Self {
-        Self { card: OnceLock::from(path.clone()), path, dir }
+        Self { card: OnceLock::from(path.clone()), path, flash: OnceLock::new(), dir }
     }
 }
 
