@@ -2,7 +2,7 @@
 
 use crate::arch::split::{Columns, split_columns};
 use crate::arch::{Float, Kernels};
-use crate::exec::{Backend, Exec};
+use crate::exec::Exec;
 use crate::matmul::parts;
 use crate::reference::kv8;
 
@@ -66,7 +66,7 @@ impl KvShape {
 ///
 /// # Panics
 /// If `pos` is outside the capacity or a slice has another length.
-pub fn kv_store(format: KvFormat, shape: &KvShape, cache: &mut [u8], pos: usize, x: &[f32]) {
+pub fn kv_store(exec: &Exec<'_>, format: KvFormat, shape: &KvShape, cache: &mut [u8], pos: usize, x: &[f32]) {
     assert!(pos < shape.capacity, "position outside the cache");
     assert_eq!(cache.len(), shape.bytes(format), "cache of another shape");
     assert_eq!(x.len(), shape.kv_heads * shape.head_dim, "x is [kv_heads][head_dim]");
@@ -74,7 +74,7 @@ pub fn kv_store(format: KvFormat, shape: &KvShape, cache: &mut [u8], pos: usize,
         return;
     }
     let row = format.row_bytes(shape.head_dim);
-    let kernels = Backend::detect().kernels();
+    let kernels = exec.backend.kernels();
     for (head, x) in x.chunks_exact(shape.head_dim).enumerate() {
         let at = (head * shape.capacity + pos) * row;
         let out = &mut cache[at..at + row];

@@ -45,7 +45,8 @@ impl Backend {
     pub fn scalar() -> Self {
         Self(&arch::Scalar)
     }
-    /// The fastest back-end of this CPU.
+    /// The fastest back-end of this CPU, or the one that the build was made for by the environment's
+    /// `FOREBAY_BACKEND=NAME` (the scalar one where this CPU has not that one).
     ///
     /// With feature `std` the CPU is asked (on RISC-V through Linux), and so it is on AArch64 without an operating
     /// system. Otherwise the target features of the build decide, and on RISC-V what the program has said by
@@ -74,6 +75,10 @@ impl Backend {
     /// the time that no product of these bytes can beat. For benchmarks.
     pub fn read_only(&self, bytes: &[u8]) -> u64 {
         self.0.read_only(bytes)
+    }
+    #[cfg(test)]
+    pub(crate) fn of(kernels: &'static dyn Kernels) -> Self {
+        Self(kernels)
     }
     pub(crate) fn kernels(&self) -> &'static dyn Kernels {
         self.0

@@ -1,8 +1,6 @@
 //! The small operators of a decoder layer, on slices.
-//!
-//! They use the best back-end of the CPU; as all back-ends return the same bits there is nothing to choose.
 
-use crate::exec::Backend;
+use crate::exec::Exec;
 use crate::reference::math;
 
 fn same(a: usize, b: usize) {
@@ -14,10 +12,10 @@ fn same(a: usize, b: usize) {
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+pub fn rms_norm(exec: &Exec<'_>, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     same(x.len(), weight.len());
     same(x.len(), out.len());
-    Backend::detect().kernels().rms_norm(x, weight, eps, out);
+    exec.backend.kernels().rms_norm(x, weight, eps, out);
 }
 
 /// Cosines and sines of the rotary angles `pos * inv_freq`, times `mscale`.
@@ -49,8 +47,8 @@ pub fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]) {
 
 /// `x = exp(x - max) / sum`, in place. All NaN if an element is NaN or positive infinity, or all are negative
 /// infinity.
-pub fn softmax(x: &mut [f32]) {
-    Backend::detect().kernels().softmax(x);
+pub fn softmax(exec: &Exec<'_>, x: &mut [f32]) {
+    exec.backend.kernels().softmax(x);
 }
 
 /// Logistic function.
@@ -68,41 +66,41 @@ pub fn exp(x: f32) -> f32 {
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn silu_mul(gate: &mut [f32], up: &[f32]) {
+pub fn silu_mul(exec: &Exec<'_>, gate: &mut [f32], up: &[f32]) {
     same(gate.len(), up.len());
-    Backend::detect().kernels().silu_mul(gate, up);
+    exec.backend.kernels().silu_mul(gate, up);
 }
 
 /// `acc += x`.
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn add(acc: &mut [f32], x: &[f32]) {
+pub fn add(exec: &Exec<'_>, acc: &mut [f32], x: &[f32]) {
     same(acc.len(), x.len());
-    Backend::detect().kernels().add(acc, x);
+    exec.backend.kernels().add(acc, x);
 }
 
 /// `acc += x * w`, not fused.
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn add_scaled(acc: &mut [f32], x: &[f32], w: f32) {
+pub fn add_scaled(exec: &Exec<'_>, acc: &mut [f32], x: &[f32], w: f32) {
     same(acc.len(), x.len());
-    Backend::detect().kernels().add_scaled(acc, x, w);
+    exec.backend.kernels().add_scaled(acc, x, w);
 }
 
 /// `x *= s`.
-pub fn scale(x: &mut [f32], s: f32) {
-    Backend::detect().kernels().scale(x, s);
+pub fn scale(exec: &Exec<'_>, x: &mut [f32], s: f32) {
+    exec.backend.kernels().scale(x, s);
 }
 
 /// Inner product in the order of `docs/arithmetic.md` (16 partial sums).
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub fn dot(exec: &Exec<'_>, a: &[f32], b: &[f32]) -> f32 {
     same(a.len(), b.len());
-    Backend::detect().kernels().dot(a, b)
+    exec.backend.kernels().dot(a, b)
 }
 
 /// Gated causal depthwise convolution over `tokens` tokens: `out = C * (conv(B * x) + bias)`, the short

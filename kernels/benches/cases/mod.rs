@@ -38,6 +38,11 @@ fn bytes_of(x: &[f32]) -> Vec<u8> {
     x.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
+/// The fastest back-end on one core.
+fn exec() -> Exec<'static> {
+    Exec { backend: Backend::detect(), workers: &Serial }
+}
+
 /// A matrix of `widths`, one scale every `group` weights, times `tokens` vectors that have been quantised.
 fn product(widths: [u8; 4], group: Group, zero_x2: u8, rows: usize, cols: usize, tokens: usize) -> Case {
     let fields = Fields::new(widths).expect("valid widths");
@@ -48,7 +53,7 @@ fn product(widths: [u8; 4], group: Group, zero_x2: u8, rows: usize, cols: usize,
     let spec = shape.act_spec().expect("quantised weights");
     let x = numbers(tokens * cols);
     let mut out = vec![0.0; tokens * rows];
-    let exec = Exec { backend: Backend::detect(), workers: &Serial };
+    let exec = exec();
     let scratch = Vec::leak(vec![0; spec.bytes(cols, tokens) + 64]);
     let start = scratch.as_ptr().align_offset(64);
     let acts = quantise(&exec, spec, &x, tokens, cols, &mut scratch[start..]);
@@ -67,7 +72,7 @@ fn quantising(bits: u8, group: u8, cols: usize) -> Case {
     let bytes = bytes_of(&x);
     let mut scratch = vec![0; spec.bytes(cols, 1) + 64];
     let start = scratch.as_ptr().align_offset(64);
-    let exec = Exec { backend: Backend::detect(), workers: &Serial };
+    let exec = exec();
     let run = move || {
         black_box(quantise(&exec, spec, black_box(&x), 1, cols, &mut scratch[start..]));
     };
@@ -81,15 +86,15 @@ fn attending(positions: usize, tokens: usize) -> Case {
     let mut k = vec![0; shape.bytes(format)];
     let mut v = k.clone();
     let rows = numbers(positions * 3 * 64);
+    let exec = exec();
     for (pos, x) in rows.chunks_exact(3 * 64).enumerate() {
-        kv_store(format, &shape, &mut k, pos, x);
-        kv_store(format, &shape, &mut v, positions - 1 - pos, x);
+        kv_store(&exec, format, &shape, &mut k, pos, x);
+        kv_store(&exec, format, &shape, &mut v, positions - 1 - pos, x);
     }
     let bytes = [&k[..], &v].concat();
     let q = numbers(tokens * heads * 64);
     let mut out = vec![0.0; q.len()];
     let mut scratch = vec![0.0; attention_scratch(&shape, heads, 1)];
-    let exec = Exec { backend: Backend::detect(), workers: &Serial };
     let run = move || {
         let first = positions - tokens;
         let (k, v) = (black_box(&k), black_box(&v));
@@ -181,13 +186,13 @@ pub fn case(name: &str, rows: usize, cols: usize) -> Option<Case> {
         "attention, 32 tokens" => attending(512, 32),
         "rms_norm" => {
             let weight = numbers(cols);
-            vector(cols, move |out, x| ops::rms_norm(x, &weight, 1e-5, out))
+            vector(cols, move |out, x| ops::rms_norm(&exec(), x, &weight, 1e-5, out))
         }
-        "softmax" => vector(cols, |x, _| ops::softmax(x)),
-        "silu_mul" => vector(cols, ops::silu_mul),
-        "add" => vector(cols, ops::add),
-        "add_scaled" => vector(cols, |x, y| ops::add_scaled(x, y, 0.3)),
-        "dot" => vector(cols, |x, y| x[0] = ops::dot(x, y)),
+        "softmax" => vector(cols, |x, _| ops::softmax(&exec(), x)),
+        "silu_mul" => vector(cols, |x, y| ops::silu_mul(&exec(), x, y)),
+        "add" => vector(cols, |x, y| ops::add(&exec(), x, y)),
+        "add_scaled" => vector(cols, |x, y| ops::add_scaled(&exec(), x, y, 0.3)),
+        "dot" => vector(cols, |x, y| x[0] = ops::dot(&exec(), x, y)),
         "rope" => vector(cols, |x, y| ops::rope(x, &y[..y.len() / 2], &y[y.len() / 2..])),
         "short_conv" => convolution(cols, 3),
         "argmax" => vector(cols, |x, _| x[0] = ops::argmax(x) as f32),

@@ -197,8 +197,34 @@ pub(crate) fn backends() -> impl Iterator<Item = &'static dyn Kernels> {
     [Some(scalar), word_backend()].into_iter().chain(vector_backends()).flatten()
 }
 
-/// The fastest back-end.
+/// The back-end that the build was made for: `FOREBAY_BACKEND=scalar cargo build`.
+pub(crate) const FORCED: Option<&str> = option_env!("FOREBAY_BACKEND");
+const NAMES: [&str; 7] = ["scalar", "swar", "avx2", "avx512", "neon", "dotprod", "rvv"];
+const _: () = assert!(known(FORCED), "FOREBAY_BACKEND names no back-end");
+
+const fn known(forced: Option<&str>) -> bool {
+    let Some(forced) = forced else { return true };
+    let mut index = 0;
+    while index < NAMES.len() {
+        let (name, mut same) = (NAMES[index].as_bytes(), NAMES[index].len() == forced.len());
+        let mut byte = 0;
+        while same && byte < name.len() {
+            same = name[byte] == forced.as_bytes()[byte];
+            byte += 1;
+        }
+        if same {
+            return true;
+        }
+        index += 1;
+    }
+    false
+}
+
+/// The fastest back-end, or the one that the build was made for; the definition where the CPU has not that one.
 pub(crate) fn best() -> &'static dyn Kernels {
+    if let Some(forced) = FORCED {
+        return backends().find(|backend| backend.name() == forced).unwrap_or(&Scalar);
+    }
     let words = if cfg!(target_arch = "riscv64") { word_backend() } else { None };
     vector_backends().into_iter().rev().flatten().next().or(words).unwrap_or(&Scalar)
 }

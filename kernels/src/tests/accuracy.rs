@@ -1,6 +1,6 @@
 //! The scalar functions against binary64.
 
-use super::{Rng, nmse};
+use super::{Rng, fastest, nmse};
 use crate::ops;
 use crate::pack::f16;
 use crate::reference::float::f16_to_f32;
@@ -58,7 +58,7 @@ fn sigmoid_and_silu_are_accurate() {
         // Beyond e^88 the denominator overflows and the result is 0 instead of a subnormal.
         assert!((f64::from(got) - want).abs() <= 4e-7 * want + 2e-38, "sigmoid({x}) = {got}, {want}");
         let mut gate = [x];
-        ops::silu_mul(&mut gate, &[1.5]);
+        ops::silu_mul(&fastest(), &mut gate, &[1.5]);
         let want = f64::from(x) * want * 1.5;
         assert!((f64::from(gate[0]) - want).abs() <= 6e-7 * want.abs() + 1e-35);
     }
@@ -73,7 +73,7 @@ fn softmax_is_accurate() {
         let e: Vec<f64> = x.iter().map(|&v| (f64::from(v) - f64::from(max)).exp()).collect();
         let sum: f64 = e.iter().sum();
         let mut got = x.clone();
-        ops::softmax(&mut got);
+        ops::softmax(&fastest(), &mut got);
         let want: Vec<f64> = e.iter().map(|e| e / sum).collect();
         assert!(nmse(&got, &want) < 1e-12);
         assert!((got.iter().map(|&p| f64::from(p)).sum::<f64>() - 1.0).abs() < 1e-5);
@@ -89,10 +89,10 @@ fn rms_norm_and_dot_are_accurate() {
         let want: Vec<f64> =
             x.iter().zip(&w).map(|(&x, &w)| f64::from(x) / (mean + 1e-5).sqrt() * f64::from(w)).collect();
         let mut got = vec![0.0; n];
-        ops::rms_norm(&x, &w, 1e-5, &mut got);
+        ops::rms_norm(&fastest(), &x, &w, 1e-5, &mut got);
         assert!(nmse(&got, &want) < 1e-12);
         let want: f64 = x.iter().zip(&w).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
-        assert!((f64::from(ops::dot(&x, &w)) - want).abs() < 1e-5 * (n as f64).sqrt());
+        assert!((f64::from(ops::dot(&fastest(), &x, &w)) - want).abs() < 1e-5 * (n as f64).sqrt());
     }
 }
 

@@ -1,6 +1,6 @@
 //! Attention against binary64, and every back-end against the definition.
 
-use super::{Backwards, Rng, assert_same, executions, nmse};
+use super::{Backwards, Rng, assert_same, executions, fastest, nmse};
 use crate::attention::*;
 use crate::exec::{Backend, Exec};
 use crate::pack::f16;
@@ -51,7 +51,7 @@ impl Case {
         for pos in 0..pos0 + tokens {
             for (cache, stored) in [&mut keys, &mut values].into_iter().zip(&mut stored) {
                 let x = rng.normals(shape.kv_heads * shape.head_dim);
-                kv_store(format, &shape, cache, pos, &x);
+                kv_store(&fastest(), format, &shape, cache, pos, &x);
                 x.chunks(shape.head_dim).for_each(|x| stored.extend(kept(format, x)));
             }
         }
@@ -140,7 +140,7 @@ fn eight_bits_keep_a_head_or_say_that_it_is_not_finite() {
     let shape = KvShape { kv_heads: 1, head_dim: 40, capacity: 1 };
     let keep = |x: &[f32]| {
         let mut cache = vec![0x5a; shape.bytes(KvFormat::Q8)];
-        kv_store(KvFormat::Q8, &shape, &mut cache, 0, x);
+        kv_store(&fastest(), KvFormat::Q8, &shape, &mut cache, 0, x);
         let (mut scratch, mut out) = ([0.0; 16], vec![7.0; 40]);
         let exec = Exec { backend: Backend::scalar(), workers: &Backwards(1) };
         let q = [0.0; 40];
@@ -165,5 +165,5 @@ fn eight_bits_keep_a_head_or_say_that_it_is_not_finite() {
 #[should_panic(expected = "outside the cache")]
 fn a_position_outside_the_cache_is_refused() {
     let shape = KvShape { kv_heads: 1, head_dim: 2, capacity: 3 };
-    kv_store(KvFormat::F16, &shape, &mut [0; 12], 3, &[0.0; 2]);
+    kv_store(&fastest(), KvFormat::F16, &shape, &mut [0; 12], 3, &[0.0; 2]);
 }

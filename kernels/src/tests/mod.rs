@@ -7,7 +7,7 @@ mod operators;
 mod pool;
 mod products;
 
-use crate::exec::{Backend, Exec, Workers};
+use crate::exec::{Backend, Exec, Serial, Workers};
 
 /// Splitmix64 (Steele, Lea and Flood, 2014): test data from a seed.
 pub struct Rng(u64);
@@ -68,6 +68,11 @@ impl Workers for Backwards {
     fn run(&self, job: &(dyn Fn(usize) + Sync)) {
         (0..self.0).rev().for_each(job);
     }
+}
+
+/// The fastest back-end on one core.
+pub fn fastest() -> Exec<'static> {
+    Exec { backend: Backend::detect(), workers: &Serial }
 }
 
 /// Calls `f` for every back-end with 1 to 3 workers.

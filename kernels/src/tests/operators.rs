@@ -1,7 +1,9 @@
 //! Small operators: every back-end against the definition, and what each operator means.
 
-use super::{Rng, assert_same};
-use crate::exec::Backend;
+use super::{Rng, assert_same, fastest};
+use crate::arch::{FORCED, Float, Kernels};
+use crate::attention::{KvFormat, KvShape, attention, kv_store};
+use crate::exec::{Backend, Exec, Serial};
 use crate::ops;
 
 fn data(rng: &mut Rng, n: usize, nasty: bool) -> Vec<f32> {
@@ -52,6 +54,82 @@ fn reading_reads_every_word() {
     }
 }
 
+/// A back-end whose every operator leaves a mark.
+struct Marked;
+
+const MARK: f32 = 42.0;
+
+impl Kernels for Marked {
+    fn name(&self) -> &'static str {
+        "marked"
+    }
+    fn dot_rows(&self, _: Float, _: &[u8], _: &[f32], out: &mut [f32]) {
+        out.fill(MARK);
+    }
+    fn weighted_sum(&self, _: Float, _: &[u8], _: &[f32], out: &mut [f32]) {
+        out.fill(MARK);
+    }
+    fn store_f16(&self, _: &[f32], out: &mut [u8]) {
+        out.fill(42);
+    }
+    fn dot(&self, _: &[f32], _: &[f32]) -> f32 {
+        MARK
+    }
+    fn rms_norm(&self, _: &[f32], _: &[f32], _: f32, out: &mut [f32]) {
+        out.fill(MARK);
+    }
+    fn softmax(&self, x: &mut [f32]) {
+        x.fill(MARK);
+    }
+    fn silu_mul(&self, gate: &mut [f32], _: &[f32]) {
+        gate.fill(MARK);
+    }
+    fn add(&self, acc: &mut [f32], _: &[f32]) {
+        acc.fill(MARK);
+    }
+    fn add_scaled(&self, acc: &mut [f32], _: &[f32], _: f32) {
+        acc.fill(MARK);
+    }
+    fn scale(&self, x: &mut [f32], _: f32) {
+        x.fill(MARK);
+    }
+}
+
+#[test]
+fn operators_use_the_back_end_that_they_are_given() {
+    let exec = &Exec { backend: Backend::of(&Marked), workers: &Serial };
+    let marked = |f: &dyn Fn(&mut [f32])| {
+        let mut out = [0.0; 2];
+        f(&mut out);
+        assert_eq!(out, [MARK; 2]);
+    };
+    let x = &[1.0, 2.0];
+    marked(&|out| out.fill(ops::dot(exec, x, x)));
+    marked(&|out| ops::rms_norm(exec, x, x, 1e-5, out));
+    marked(&|out| ops::softmax(exec, out));
+    marked(&|out| ops::silu_mul(exec, out, x));
+    marked(&|out| ops::add(exec, out, x));
+    marked(&|out| ops::add_scaled(exec, out, x, 2.0));
+    marked(&|out| ops::scale(exec, out, 2.0));
+    let shape = KvShape { kv_heads: 1, head_dim: 2, capacity: 1 };
+    let cache = &mut [0; 4];
+    kv_store(exec, KvFormat::F16, &shape, cache, 0, x);
+    assert_eq!(cache, &[42; 4]);
+    marked(&|out| attention(exec, KvFormat::F16, &shape, &[0; 4], &[0; 4], x, 1, 1, 0, 0, 1.0, &mut [0.0; 16], out));
+}
+
+/// CI builds this once with `FOREBAY_BACKEND`.
+#[test]
+fn the_build_or_the_cpu_chooses() {
+    let fastest = if cfg!(target_arch = "x86_64") {
+        Backend::all().filter(|b| b.name() != "swar").last()
+    } else {
+        Backend::all().last()
+    };
+    let want = FORCED.or(fastest.map(|backend| backend.name()));
+    assert_eq!(Some(Backend::detect().name()), want);
+}
+
 /// Some fixed bits, so that a change of the definition cannot go unseen.
 #[test]
 fn the_definition_stays() {
@@ -59,11 +137,11 @@ fn the_definition_stays() {
     let hash = |x: &[f32]| x.iter().fold(0u32, |h, v| h.rotate_left(5).wrapping_mul(0x9e37_79b1) ^ v.to_bits());
     let exps: Vec<f32> = x.iter().map(|&v| ops::exp(v)).collect();
     let mut soft = x.clone();
-    ops::softmax(&mut soft);
+    ops::softmax(&fastest(), &mut soft);
     let mut norm = vec![0.0; 100];
-    ops::rms_norm(&x, &exps, 1e-6, &mut norm);
+    ops::rms_norm(&fastest(), &x, &exps, 1e-6, &mut norm);
     let mut silu = x.clone();
-    ops::silu_mul(&mut silu, &soft);
+    ops::silu_mul(&fastest(), &mut silu, &soft);
     let (mut cos, mut sin) = (vec![0.0; 100], vec![0.0; 100]);
     ops::rope_tables(1234, &exps, 1.1, &mut cos, &mut sin);
     let hashes = [hash(&exps), hash(&soft), hash(&norm), hash(&silu), hash(&cos), hash(&sin)];
@@ -157,15 +235,15 @@ fn non_finite_is_found_anywhere() {
 #[test]
 fn softmax_of_special_values() {
     let mut x = [0.0, f32::NEG_INFINITY, 0.0];
-    ops::softmax(&mut x);
+    ops::softmax(&fastest(), &mut x);
     assert_eq!(x, [0.5, 0.0, 0.5]);
     for bad in [f32::NAN, f32::INFINITY] {
         let mut x = [0.0, bad, 1.0];
-        ops::softmax(&mut x);
+        ops::softmax(&fastest(), &mut x);
         assert!(x.iter().all(|v| v.is_nan()));
     }
     let mut x = [f32::NEG_INFINITY; 3];
-    ops::softmax(&mut x);
+    ops::softmax(&fastest(), &mut x);
     assert!(x.iter().all(|v| v.is_nan()));
-    ops::softmax(&mut []);
+    ops::softmax(&fastest(), &mut []);
 }

@@ -41,7 +41,7 @@ impl Engine<'_> {
         let (n, b) = (self.count, &mut self.buffers);
         let scores = &mut b.scores[..n * units];
         project(exec, &b.normed[..n * self.model.hidden()], n, b.acts, &mut [(gate, &mut *scores)]);
-        add_bias(scores, Some(bias));
+        add_bias(exec, scores, Some(bias));
         self.need_count = 0;
         for unit in 0..units {
             let users = scores.iter().skip(unit).step_by(units).filter(|s| keeps(**s, self.threshold)).count();

@@ -76,17 +76,17 @@ pub(super) fn project(
 }
 
 /// Adds a bias to every row of `x`.
-pub(super) fn add_bias(x: &mut [f32], bias: Option<&[f32]>) {
+pub(super) fn add_bias(exec: &Exec<'_>, x: &mut [f32], bias: Option<&[f32]>) {
     if let Some(bias) = bias {
-        x.chunks_exact_mut(bias.len()).for_each(|row| ops::add(row, bias));
+        x.chunks_exact_mut(bias.len()).for_each(|row| ops::add(exec, row, bias));
     }
 }
 
 /// Adds a sub-layer's output to the residual stream.
-fn add_residual(residual: &mut [f32], output: &[f32], scale: f32) {
+fn add_residual(exec: &Exec<'_>, residual: &mut [f32], output: &[f32], scale: f32) {
     match scale {
-        1.0 => ops::add(residual, output),
-        _ => ops::add_scaled(residual, output, scale),
+        1.0 => ops::add(exec, residual, output),
+        _ => ops::add_scaled(exec, residual, output, scale),
     }
 }
 
@@ -102,7 +102,7 @@ impl<'a> Engine<'a> {
     }
 
     /// Embedding rows into the residual stream, and the batch's rotations.
-    pub(super) fn embed(&mut self) -> Result<(), EngineError> {
+    pub(super) fn embed(&mut self, exec: &Exec<'_>) -> Result<(), EngineError> {
         let tensors = self.global_tensors()?;
         let table = tensors.matrix(Role::Embedding)?;
         let hidden = self.model.hidden();
@@ -111,7 +111,7 @@ impl<'a> Engine<'a> {
         for (row, &token) in rows.zip(&self.buffers.tokens[..self.count]) {
             row_to_f32(&table, token as usize, row);
             if scale != 1.0 {
-                ops::scale(row, scale);
+                ops::scale(exec, row, scale);
             }
         }
         Ok(())
@@ -135,24 +135,24 @@ impl<'a> Engine<'a> {
     /// Norm, then attention or short convolution, added to the residual stream; then the feed-forward's norm.
     pub(super) fn operator(&mut self, exec: &Exec<'_>, index: usize) -> Result<(), EngineError> {
         let tensors = self.layer_tensors(index)?;
-        self.norm(tensors.vector(Role::OperatorNorm)?);
+        self.norm(exec, tensors.vector(Role::OperatorNorm)?);
         match self.layer(index)?.shape.operator {
             Operator::Attention => self.attention(exec, index, tensors)?,
             Operator::ShortConv => self.short_conv(exec, index, tensors)?,
         }
         let len = self.count * self.model.hidden();
         let scale = self.model.record().residual_scale.get();
-        add_residual(&mut self.buffers.residual[..len], &self.buffers.output[..len], scale);
-        self.norm(tensors.vector(Role::FfnNorm)?);
+        add_residual(exec, &mut self.buffers.residual[..len], &self.buffers.output[..len], scale);
+        self.norm(exec, tensors.vector(Role::FfnNorm)?);
         Ok(())
     }
 
     /// RMSNorm of the batch's residual rows.
-    fn norm(&mut self, weight: &[f32]) {
+    fn norm(&mut self, exec: &Exec<'_>, weight: &[f32]) {
         let (hidden, eps) = (self.model.hidden(), self.model.record().norm_eps.get());
         let rows = self.buffers.residual.chunks_exact(hidden).zip(self.buffers.normed.chunks_exact_mut(hidden));
         for (x, out) in rows.take(self.count) {
-            ops::rms_norm(x, weight, eps, out);
+            ops::rms_norm(exec, x, weight, eps, out);
         }
     }
 
@@ -179,16 +179,16 @@ impl<'a> Engine<'a> {
                 (tensors.matrix(Role::Value)?, v),
             ],
         );
-        add_bias(q, tensors.optional(Role::QueryBias));
-        add_bias(k, tensors.optional(Role::KeyBias));
-        add_bias(v, tensors.optional(Role::ValueBias));
+        add_bias(exec, q, tensors.optional(Role::QueryBias));
+        add_bias(exec, k, tensors.optional(Role::KeyBias));
+        add_bias(exec, v, tensors.optional(Role::ValueBias));
         // The norm's output goes to `mixed`, which attention fills only later.
         for (x, weight) in [(&mut *q, Role::QueryNorm), (&mut *k, Role::KeyNorm)] {
             if let Some(weight) = tensors.optional(weight) {
                 // As many values as there are weights are normalised together: a head, or a token's heads.
                 for head in x.chunks_exact_mut(weight.len()) {
                     let normed = &mut b.mixed[..weight.len()];
-                    ops::rms_norm(head, weight, eps, normed);
+                    ops::rms_norm(exec, head, weight, eps, normed);
                     head.copy_from_slice(normed);
                 }
             }
@@ -206,8 +206,8 @@ impl<'a> Engine<'a> {
         let layer = self.layers[index].as_mut().ok_or(MISSING)?;
         let width = shape.kv_heads * shape.head_dim;
         for t in 0..n {
-            kv_store(format, &cache, layer.keys, position + t, &k[t * width..][..width]);
-            kv_store(format, &cache, layer.values, position + t, &v[t * width..][..width]);
+            kv_store(exec, format, &cache, layer.keys, position + t, &k[t * width..][..width]);
+            kv_store(exec, format, &cache, layer.values, position + t, &v[t * width..][..width]);
         }
         let mixed = &mut b.mixed[..q_len];
         attention(
@@ -227,7 +227,7 @@ impl<'a> Engine<'a> {
         );
         let out = &mut b.output[..n * self.model.hidden()];
         project(exec, mixed, n, b.acts, &mut [(tensors.matrix(Role::AttentionOut)?, out)]);
-        add_bias(out, tensors.optional(Role::AttentionOutBias));
+        add_bias(exec, out, tensors.optional(Role::AttentionOutBias));
         Ok(())
     }
 
@@ -238,14 +238,14 @@ impl<'a> Engine<'a> {
         let b = &mut self.buffers;
         let bcx = &mut b.operator[..n * 3 * hidden];
         project(exec, &b.normed[..n * hidden], n, b.acts, &mut [(tensors.matrix(Role::ConvIn)?, &mut *bcx)]);
-        add_bias(bcx, tensors.optional(Role::ConvInBias));
+        add_bias(exec, bcx, tensors.optional(Role::ConvInBias));
         let layer = self.layers[index].as_mut().ok_or(MISSING)?;
         let (weight, bias) = (tensors.vector(Role::ConvTaps)?, tensors.optional(Role::ConvTapsBias));
         let mixed = &mut b.mixed[..n * hidden];
         ops::short_conv(bcx, weight, bias, layer.conv, n, hidden, taps, mixed);
         let out = &mut b.output[..n * hidden];
         project(exec, mixed, n, b.acts, &mut [(tensors.matrix(Role::ConvOut)?, &mut *out)]);
-        add_bias(out, tensors.optional(Role::ConvOutBias));
+        add_bias(exec, out, tensors.optional(Role::ConvOutBias));
         Ok(())
     }
 
@@ -320,16 +320,16 @@ impl<'a> Engine<'a> {
         let (gate, up) = (&mut b.gate[..tokens * width], &mut b.up[..tokens * width]);
         project(exec, input, tokens, b.acts, &mut [(view.gate, &mut *gate), (view.up, &mut *up)]);
         let neurons = usize::from(unit) * width..(usize::from(unit) + 1) * width;
-        add_bias(gate, tensors.optional(Role::GateBias).map(|bias| &bias[neurons.clone()]));
-        add_bias(up, tensors.optional(Role::UpBias).map(|bias| &bias[neurons]));
-        ops::silu_mul(gate, up);
+        add_bias(exec, gate, tensors.optional(Role::GateBias).map(|bias| &bias[neurons.clone()]));
+        add_bias(exec, up, tensors.optional(Role::UpBias).map(|bias| &bias[neurons]));
+        ops::silu_mul(exec, gate, up);
         let out = &mut b.gathered[..tokens * hidden];
         project(exec, gate, tokens, b.unit_acts, &mut [(view.down, &mut *out)]);
         match shape.router {
-            Router::All if tokens == n => ops::add(&mut b.output[..n * hidden], out),
+            Router::All if tokens == n => ops::add(exec, &mut b.output[..n * hidden], out),
             Router::All => {
                 for (token, row) in (0..n).filter(kept).zip(out.chunks_exact(hidden)) {
-                    ops::add(&mut b.output[token * hidden..][..hidden], row);
+                    ops::add(exec, &mut b.output[token * hidden..][..hidden], row);
                 }
             }
             _ => {
@@ -344,7 +344,7 @@ impl<'a> Engine<'a> {
     }
 
     /// Adds the units' outputs, in rank order whatever order they were computed in, to the residual stream.
-    pub(super) fn finish_units(&mut self, index: usize) -> Result<(), EngineError> {
+    pub(super) fn finish_units(&mut self, exec: &Exec<'_>, index: usize) -> Result<(), EngineError> {
         let tensors = self.layer_tensors(index)?;
         let shape = self.layer(index)?.shape;
         let (n, hidden) = (self.count, self.model.hidden());
@@ -356,13 +356,13 @@ impl<'a> Engine<'a> {
                 let choices: &[Choice] = &b.choices[t * shape.top_k..][..shape.top_k];
                 for (rank, choice) in choices.iter().enumerate().filter(|(_, choice)| choice.levels > 0) {
                     let part = &b.partial[(t * shape.top_k + rank) * hidden..][..hidden];
-                    ops::add_scaled(row, part, choice.weight);
+                    ops::add_scaled(exec, row, part, choice.weight);
                 }
             }
         }
-        add_bias(output, tensors.optional(Role::DownBias));
+        add_bias(exec, output, tensors.optional(Role::DownBias));
         let scale = self.model.record().residual_scale.get();
-        add_residual(&mut b.residual[..n * hidden], output, scale);
+        add_residual(exec, &mut b.residual[..n * hidden], output, scale);
         Ok(())
     }
 
@@ -376,12 +376,12 @@ impl<'a> Engine<'a> {
         let b = &mut self.buffers;
         let from = b.residual[row * hidden..][..rows * hidden].chunks_exact(hidden);
         for (x, out) in from.zip(b.normed.chunks_exact_mut(hidden)) {
-            ops::rms_norm(x, weight, eps, out);
+            ops::rms_norm(exec, x, weight, eps, out);
         }
         let logits = &mut b.logits[..rows * vocab];
         project(exec, &b.normed[..rows * hidden], rows, b.acts, &mut [(head, &mut *logits)]);
         if record.logit_scale.get() != 1.0 {
-            ops::scale(logits, record.logit_scale.get());
+            ops::scale(exec, logits, record.logit_scale.get());
         }
         let bad = logits.chunks_exact(vocab).position(ops::has_non_finite);
         match bad {

@@ -489,7 +489,7 @@ impl<'a> Engine<'a> {
             Phase::Idle => Ok(Step::Idle),
             Phase::Embed => match self.global.ready() {
                 Some(_) => {
-                    self.embed()?;
+                    self.embed(exec)?;
                     self.phase = Phase::Operator(0);
                     Ok(Step::Computed)
                 }
@@ -560,7 +560,7 @@ impl<'a> Engine<'a> {
         if self.buffers.needs[..self.need_count].iter().any(|n| !n.done) {
             return self.waiting();
         }
-        self.finish_units(layer)?;
+        self.finish_units(exec, layer)?;
         let last = layer + 1 == self.layers.len();
         self.phase = match (last, self.output) {
             (false, _) => Phase::Operator(layer + 1),

@@ -1,7 +1,7 @@
 //! The router: which experts a token uses, with what weight, and what that needs of the pool.
 
 use forebay_kernels::exec::Exec;
-use forebay_kernels::ops::{sigmoid, softmax};
+use forebay_kernels::ops::{self, sigmoid};
 
 use super::compute::{MISSING, project};
 use super::{Engine, EngineError, Phase, Predicted, UnitNeed};
@@ -10,11 +10,11 @@ use crate::model::{LayerShape, MAX_TOP_K};
 use crate::policy::{Allowance, Choice, Held, Policy, Source, plan_token};
 
 /// Turns the router's `scores`, one per expert, into probabilities.
-fn probabilities(router: Router, scores: &mut [f32]) {
+fn probabilities(exec: &Exec<'_>, router: Router, scores: &mut [f32]) {
     match router {
         Router::All => (),
         Router::Sigmoid => scores.iter_mut().for_each(|s| *s = sigmoid(*s)),
-        Router::Softmax => softmax(scores),
+        Router::Softmax => ops::softmax(exec, scores),
     }
 }
 
@@ -60,8 +60,8 @@ fn weigh(shape: &LayerShape, probabilities: &[f32], choices: &mut [Choice]) {
 /// are `p`, divided by `sum + eps` if the layer normalises, times the layer's factor. Mixtral, OLMoE and Qwen3-MoE
 /// (`MixtralSparseMoeBlock`, `OlmoeSparseMoeBlock`, `Qwen3MoeSparseMoeBlock`): the same with `p = softmax(scores)`
 /// over all experts.
-fn choose(shape: &LayerShape, scores: &mut [f32], bias: Option<&[f32]>, choices: &mut [Choice]) {
-    probabilities(shape.router, scores);
+fn choose(exec: &Exec<'_>, shape: &LayerShape, scores: &mut [f32], bias: Option<&[f32]>, choices: &mut [Choice]) {
+    probabilities(exec, shape.router, scores);
     select(scores.len(), |unit| scores[unit] + bias.map_or(0.0, |b| b[unit]), choices);
     weigh(shape, scores, choices);
 }
@@ -133,7 +133,7 @@ impl Engine<'_> {
             }
         } else {
             self.gate_scores(exec, index)?;
-            self.choose_experts(index)?;
+            self.choose_experts(exec, index)?;
             self.list_needs(index)?;
         }
         self.count_uses(index)?;
@@ -144,7 +144,7 @@ impl Engine<'_> {
     }
 
     /// From scores to planned choices.
-    fn choose_experts(&mut self, index: usize) -> Result<(), EngineError> {
+    fn choose_experts(&mut self, exec: &Exec<'_>, index: usize) -> Result<(), EngineError> {
         let policy: Policy = self.plan.limits.policy;
         let bias = self.layer_tensors(index)?.optional(Role::RouterBias);
         let mut allowance = self.layer_allowance(index)?;
@@ -162,7 +162,7 @@ impl Engine<'_> {
         let b = &mut self.buffers;
         let scores = b.scores[..self.count * shape.units].chunks_exact_mut(shape.units);
         for (scores, choices) in scores.zip(b.choices.chunks_exact_mut(shape.top_k)) {
-            choose(&shape, scores, bias, choices);
+            choose(exec, &shape, scores, bias, choices);
             if policy.cache_bias > 0.0 {
                 let (mean, seen) = &mut layer.range;
                 *seen = seen.saturating_add(1);
@@ -280,7 +280,7 @@ impl Engine<'_> {
         for scores in b.scores[..self.count * shape.units].chunks_exact_mut(shape.units) {
             let mut choices = [Choice::default(); MAX_TOP_K];
             let choices = &mut choices[..shape.top_k];
-            choose(&shape, scores, bias, choices);
+            choose(exec, &shape, scores, bias, choices);
             let mut unlimited = Allowance { bytes: u64::MAX, ..Allowance::default() };
             plan_token(choices, &loading, full, |_| Held::default(), &mut unlimited);
             for Choice { unit, levels, .. } in choices.iter().filter(|c| c.levels > 0) {
@@ -325,7 +325,7 @@ impl Engine<'_> {
         self.gate_scores(exec, layer)?;
         let bias = self.layer_tensors(layer)?.optional(Role::RouterBias);
         let scores = &mut self.buffers.scores[token * shape.units..][..shape.units];
-        choose(&shape, scores, bias, choices);
+        choose(exec, &shape, scores, bias, choices);
         Ok(shape.top_k)
     }
 }
@@ -334,6 +334,7 @@ impl Engine<'_> {
 mod tests {
     use super::*;
     use crate::model::unit::UnitShape;
+    use forebay_kernels::exec::{Backend, Serial};
     use forebay_kernels::weights::{Encoding, MatrixShape};
 
     fn shape(router: Router, units: usize, top_k: usize, normalise: bool) -> LayerShape {
@@ -365,10 +366,11 @@ mod tests {
     fn softmax_routers_choose_as_the_references() {
         let logits = [0.3f32, -1.2, 2.5, 0.0, 2.4, -0.7, 1.1, 1.1];
         let total: f64 = logits.iter().map(|x| f64::from(*x).exp()).sum();
+        let exec = &Exec { backend: Backend::detect(), workers: &Serial };
         let p = |unit: usize| f64::from(logits[unit]).exp() / total;
         for normalise in [false, true] {
             let mut choices = [Choice::default(); 4];
-            choose(&shape(Router::Softmax, 8, 4, normalise), &mut logits.clone(), None, &mut choices);
+            choose(exec, &shape(Router::Softmax, 8, 4, normalise), &mut logits.clone(), None, &mut choices);
             // Of the equal scores of 6 and 7 the first is chosen first.
             assert_eq!(choices.map(|c| c.unit), [2, 4, 6, 7]);
             let sum: f64 = if normalise { [2, 4, 6, 7].map(p).iter().sum() } else { 1.0 };
