@@ -67,7 +67,7 @@ impl Backend {
     pub fn all() -> impl Iterator<Item = Self> {
         arch::backends().map(Self)
     }
-    /// Name as reports print it: `scalar`, `avx2`, `neon`, `dotprod`, `swar` or `rvv`.
+    /// Name as reports print it: `scalar`, `avx2`, `avx512`, `neon`, `dotprod`, `swar` or `rvv`.
     pub fn name(&self) -> &'static str {
         self.0.name()
     }

@@ -156,8 +156,8 @@ impl Kernels for Scalar {
 
 /// The vector back-ends of this CPU, slowest first.
 #[cfg(target_arch = "x86_64")]
-pub(crate) fn vector_backends() -> [Option<&'static dyn Kernels>; 1] {
-    [x86_64::avx2::get()]
+pub(crate) fn vector_backends() -> [Option<&'static dyn Kernels>; 2] {
+    [x86_64::avx2::get(), x86_64::avx512::get()]
 }
 
 /// The vector back-ends of this CPU, slowest first.
