@@ -1,7 +1,9 @@
-//! The application that every board runs: open an image, plan the arena, generate greedily, report.
+//! The application that every board runs: open an image, then generate greedily once and report, or [serve].
 //!
-//! Everything it prints is meant for people and for tests alike: tokens and the hash of all logits' bits are equal to
-//! a host's for the same image, prompt and key/value format.
+//! Everything that a single run prints is meant for people and for tests alike: tokens and the hash of all logits' bits
+//! are equal to a host's for the same image, prompt and key/value format.
+//!
+//! [serve]: crate::serve
 
 use core::fmt::{self, Debug, Display};
 
@@ -9,16 +11,24 @@ use embedded_io::Write;
 use forebay_kernels::exec::{Backend, Exec, Workers};
 use forebay_kernels::ops;
 use forebay_runtime::arena::{Arena, OutOfArena, table_bytes};
+use forebay_runtime::chat::TurnsError;
 use forebay_runtime::drive::{Reached, Unobserved, advance, prefill};
 use forebay_runtime::engine::{Engine, EngineError, Output};
 use forebay_runtime::open::{Image, OpenError};
-use forebay_runtime::plan::{Limits, Plan, PlanError};
-use forebay_runtime::policy::Policy;
+use forebay_runtime::plan::{Plan, PlanError};
 use forebay_runtime::tokenizer::{Decoder, EncodeOptions, Tokenizer, TokenizerError};
 use forebay_storage::store::BlockStore;
 
-use crate::meter::{Meter, Reads};
-use crate::options::{Options, Prompt};
+use crate::console::Console;
+use crate::meter::Meter;
+use crate::options::{Mode, Options, Prompt};
+use crate::serve::serve;
+use crate::stack::Stack;
+
+/// Tokens that a single run generates unless it is said.
+const GENERATE: usize = 32;
+/// Tokens of prompt and answer of a single run unless it is said.
+const CONTEXT: usize = 128;
 
 /// A clock that counts up.
 #[derive(Clone, Copy, Debug)]
@@ -30,7 +40,7 @@ pub struct Clock {
 }
 
 impl Clock {
-    fn microseconds_since(&self, start: u64) -> u64 {
+    pub(crate) fn microseconds_since(&self, start: u64) -> u64 {
         let ticks = u128::from((self.now)().wrapping_sub(start));
         (ticks * 1_000_000 / u128::from(self.hertz.max(1))) as u64
     }
@@ -52,6 +62,9 @@ pub enum AppError<E: Debug + Display> {
     /// The tokenizer's tables are damaged.
     #[error("{0}")]
     Tokenizer(#[from] TokenizerError),
+    /// The image's chat turns are damaged.
+    #[error("{0}")]
+    Turns(#[from] TurnsError),
     /// The plan forgot something.
     #[error("{0}")]
     Arena(#[from] OutOfArena),
@@ -82,20 +95,6 @@ pub enum AppError<E: Debug + Display> {
         /// Cores that came up, the first among them.
         have: usize,
     },
-}
-
-/// What a run gave.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Outcome {
-    /// FNV-1a, 64 bits, of the little-endian bits of all logits: of every prompt token and of every generated token
-    /// but the last.
-    pub hash: u64,
-    /// Rows of logits in the hash.
-    pub rows: usize,
-    /// Generated tokens.
-    pub generated: usize,
-    /// What was read.
-    pub reads: Reads,
 }
 
 /// FNV-1a over rows of logits.
@@ -139,18 +138,31 @@ impl Display for Size {
     }
 }
 
-/// Runs `options` on the image in `store` and prints to `console`. `workers` compute.
-pub fn run<'a, S, W>(
-    console: &mut W,
+/// An image whose tables were read, and what it runs on.
+pub(crate) struct Opened<'o, 'a, S> {
+    pub store: &'o mut Meter<S>,
+    pub image: Image<'a>,
+    pub arena: &'o Arena<'a>,
+    pub exec: Exec<'o>,
+    pub clock: &'o Clock,
+    /// When opening began, in the clock's ticks.
+    start: u64,
+}
+
+/// Runs `options` on the image in `store`, over `console`. `workers` compute; `stack` is reported.
+#[allow(clippy::too_many_arguments)]
+pub fn run<'a, S, C>(
+    console: &mut C,
     store: S,
     arena: &Arena<'a>,
     options: &Options<'_>,
     clock: &Clock,
     workers: &dyn Workers,
-) -> Result<Outcome, AppError<S::Error>>
+    stack: &Stack,
+) -> Result<(), AppError<S::Error>>
 where
     S: BlockStore<'a>,
-    W: Write,
+    C: Console,
 {
     let start = (clock.now)();
     let mut store = Meter::new(store);
@@ -164,7 +176,6 @@ where
     }
     let exec = Exec { backend, workers };
     let image = Image::open(&mut store, arena, true)?;
-    let tokenizer = image.tokenizer().map(Tokenizer::parse).transpose()?;
     let model = image.model();
     say!(
         console,
@@ -177,41 +188,52 @@ where
         backend.name(),
         if count == 1 { "" } else { "s" }
     );
+    let opened = Opened { store: &mut store, image, arena, exec, clock, start };
+    match options.mode {
+        Mode::Once => once(console, opened, options),
+        Mode::Serve => serve(console, opened, options, stack),
+    }
+}
 
-    let context = options.context.min(model.context());
-    let scratch_len = match options.prompt {
-        Prompt::Text(text) => Tokenizer::encode_scratch(text.len()),
-        Prompt::Tokens(_) => 0,
-    };
-    let limits = Limits {
-        arena: arena.len() as u64,
-        context,
-        batch: options.batch,
-        logit_rows: 1,
-        kv: options.kv,
-        workers: count,
-        reserved: table_bytes::<u32>(context) + table_bytes::<u32>(scratch_len),
-        policy: Policy::default(),
-    };
-    let plan = Plan::new(&image, limits)?;
+/// Prints what becomes of an arena of `len` bytes.
+pub(crate) fn say_plan(console: &mut impl Write, plan: &Plan, len: usize) {
+    let reserved = plan.limits.reserved;
     say!(
         console,
-        "plan: arena {} = tables {} + resident {} + state {} + working {} + bookkeeping {} + prompt {} + pool {} \
-         ({} units of {}), {} unused; batch {}; least {}",
-        limits.arena,
+        "plan: arena {len} = tables {} + resident {} + state {} + working {} + bookkeeping {} + prompt {reserved} + \
+         pool {} ({} units of {}), {} unused; batch {}; least {}",
         plan.tables,
         plan.resident,
         plan.state,
         plan.working,
         plan.bookkeeping,
-        limits.reserved,
         plan.pool,
         plan.slots,
         plan.slot_len,
-        limits.arena.saturating_sub(plan.total()),
+        (len as u64).saturating_sub(plan.total()),
         plan.batch,
         plan.least
     );
+}
+
+/// Generates from one prompt. Not inlined, so that the stack holds one engine.
+#[inline(never)]
+fn once<'a, S, W>(console: &mut W, opened: Opened<'_, 'a, S>, options: &Options<'_>) -> Result<(), AppError<S::Error>>
+where
+    S: BlockStore<'a>,
+    W: Write,
+{
+    let Opened { store, image, arena, exec, clock, start } = opened;
+    let tokenizer = image.tokenizer().map(Tokenizer::parse).transpose()?;
+    let generate = options.generate.unwrap_or(GENERATE);
+    let context = options.context.unwrap_or(CONTEXT).min(image.model().context());
+    let scratch_len = match options.prompt {
+        Prompt::Text(text) => Tokenizer::encode_scratch(text.len()),
+        Prompt::Tokens(_) => 0,
+    };
+    let reserved = table_bytes::<u32>(context) + table_bytes::<u32>(scratch_len);
+    let plan = options.plan(&image, arena.len(), &exec, context, reserved)?;
+    say_plan(console, &plan, arena.len());
     let depth = options.depth.min(usize::from(store.geometry().queue_depth));
     let mut engine = Engine::new(&image, plan, arena, depth)?;
     let sequence = arena.table(context, || 0u32)?;
@@ -232,9 +254,9 @@ where
         }
     };
     // The last token generated is not fed back.
-    let fits = (prompt_len + options.generate).checked_sub(1).is_some_and(|len| len <= context);
+    let fits = (prompt_len + generate).checked_sub(1).is_some_and(|len| len <= context);
     if prompt_len == 0 || !fits {
-        let (prompt, generate) = (prompt_len, options.generate);
+        let prompt = prompt_len;
         return Err(if prompt == 0 { AppError::EmptyPrompt } else { AppError::Context { prompt, generate, context } });
     }
     let opened = clock.microseconds_since(start);
@@ -245,7 +267,7 @@ where
     let mut hash = LogitHash::new();
     let mut next = 0;
     let start = (clock.now)();
-    prefill(&mut engine, &mut store, &exec, prompt, Output::All, &mut Unobserved, |_, rows| {
+    prefill(&mut engine, store, &exec, prompt, Output::All, &mut Unobserved, |_, rows| {
         next = hash.add(rows, vocab);
     })?;
     let prompt_time = clock.microseconds_since(start);
@@ -265,11 +287,11 @@ where
             *place = last[0];
         }
         generated += 1;
-        if generated == options.generate || tokenizer.as_ref().is_some_and(|t| t.is_eos(last[0])) {
+        if generated == generate || tokenizer.as_ref().is_some_and(|t| t.is_eos(last[0])) {
             break;
         }
         engine.feed(&last, Output::Last)?;
-        while let Reached::Logits { .. } = advance(&mut engine, &mut store, &exec, &mut Unobserved)? {
+        while let Reached::Logits { .. } = advance(&mut engine, store, &exec, &mut Unobserved)? {
             last = [hash.add(&engine.logits()[..vocab], vocab)];
         }
     }
@@ -307,11 +329,11 @@ where
         prompt_time / 1000,
         answer_time / 1000
     );
-    Ok(Outcome { hash: hash.hash, rows: hash.rows, generated, reads })
+    Ok(())
 }
 
 /// A number of tenths.
-struct Tenths(u64);
+pub(crate) struct Tenths(pub u64);
 
 impl Display for Tenths {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

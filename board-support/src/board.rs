@@ -11,6 +11,7 @@ use forebay_storage::image::{MAGIC, SUPERBLOCK_SLOT};
 use forebay_storage::store::BlockStore;
 
 use crate::app::{self, Clock, say};
+use crate::console::{Console, Terminal};
 use crate::cores::Cores;
 use crate::options::{OptionError, Options, Source};
 use crate::stack::Stack;
@@ -48,13 +49,13 @@ impl<const BYTES: usize> Default for ArenaMemory<BYTES> {
 }
 
 /// A machine that has booted.
-pub struct Board<'m, W, D> {
+pub struct Board<'m, C, D> {
     /// Name of the board.
     pub name: &'static str,
     /// The processor and how it was found, for the first line.
     pub processor: &'m dyn Display,
-    /// Where everything is printed.
-    pub console: &'m mut W,
+    /// Where everything is printed, and lines come from.
+    pub console: &'m mut C,
     /// The clock.
     pub clock: Clock,
     /// The command line without the program's name.
@@ -72,11 +73,12 @@ pub struct Board<'m, W, D> {
 }
 
 /// Runs the application and gives the exit status: after a failure its error was printed.
-pub fn run<W: Write, D: Disk>(board: Board<'_, W, D>) -> u8 {
+pub fn run<C: Console, D: Disk>(board: Board<'_, C, D>) -> u8 {
     let Board { name, processor, console, clock, command_line, arena, stack, disk, flash, cores } = board;
+    let console = &mut Terminal(console);
     say!(console, "forebay {} on {name}, {processor}", env!("CARGO_PKG_VERSION"));
     let result = match Options::parse(command_line) {
-        Ok(options) => with_options(console, &options, &clock, arena, disk, flash, cores),
+        Ok(options) => with_options(console, &options, &clock, arena, disk, flash, (cores, &stack)),
         Err(error) => Err(failed(console, &error)),
     };
     say!(console, "stack: {} of {} bytes used", stack.high_water(), stack.len());
@@ -126,14 +128,14 @@ fn holds_image(flash: &[u8]) -> bool {
     slot(0) || slot(SUPERBLOCK_SLOT)
 }
 
-fn with_options<W: Write, D: Disk>(
-    console: &mut W,
+fn with_options<C: Console, D: Disk>(
+    console: &mut C,
     options: &Options<'_>,
     clock: &Clock,
     arena: &'static mut [MaybeUninit<u8>],
     disk: Option<D>,
     flash: &'static [u8],
-    cores: &dyn Cores,
+    (cores, stack): (&dyn Cores, &Stack),
 ) -> Result<(), Failed> {
     let len = options.arena.unwrap_or(arena.len()).min(arena.len());
     let arena = Arena::new(&mut arena[..len]);
@@ -145,24 +147,24 @@ fn with_options<W: Write, D: Disk>(
     };
     if flash_wanted {
         say!(console, "store: flash, {} bytes", flash.len());
-        return with_store(console, MemoryStore::new(flash), &arena, options, clock, workers);
+        return with_store(console, MemoryStore::new(flash), &arena, options, clock, (workers, stack));
     }
     let disk = disk.ok_or_else(|| failed(console, &NoStore))?;
     let patience = (options.patience as u64).saturating_mul(clock.hertz);
     let store = disk.bring_up(clock, patience).map_err(|error| failed(console, &error))?;
     say!(console, "store: {}, {} bytes", D::KIND, store.geometry().len);
-    with_store(console, store, &arena, options, clock, workers)
+    with_store(console, store, &arena, options, clock, (workers, stack))
 }
 
 /// Not inlined, so that the stack holds one engine and not one a store.
 #[inline(never)]
-fn with_store<S: BlockStore<'static>, W: Write>(
-    console: &mut W,
+fn with_store<S: BlockStore<'static>, C: Console>(
+    console: &mut C,
     store: S,
     arena: &Arena<'static>,
     options: &Options<'_>,
     clock: &Clock,
-    workers: &dyn Workers,
+    (workers, stack): (&dyn Workers, &Stack),
 ) -> Result<(), Failed> {
-    app::run(console, store, arena, options, clock, workers).map(|_| ()).map_err(|error| failed(console, &error))
+    app::run(console, store, arena, options, clock, workers, stack).map_err(|error| failed(console, &error))
 }

@@ -7,6 +7,8 @@
 //! |---|---|
 //! | [`board`] | from a booted machine to an exit status |
 //! | [`app`] | the application: open an image, plan, generate, report |
+//! | [`serve`] | the application as a service: lines over the console, answers token by token |
+//! | [`console`] | lines with echo and editing over a UART |
 //! | [`options`] | the words of a command line |
 //! | [`meter`] | a store's reads, counted |
 //! | [`virtio`] | a block store over virtio-blk |
@@ -28,6 +30,7 @@ pub mod aarch64;
 pub mod app;
 pub mod bcm2835;
 pub mod board;
+pub mod console;
 pub mod cores;
 pub mod flash;
 pub mod meter;
@@ -37,6 +40,7 @@ pub mod riscv64;
 pub mod sd;
 #[cfg(all(target_os = "none", any(target_arch = "aarch64", target_arch = "riscv64")))]
 pub mod semihost;
+pub mod serve;
 pub mod spi_nor;
 pub mod stack;
 pub mod status;

@@ -1,6 +1,10 @@
 //! The words of a command line: `name=value`, parted by spaces.
 
 use forebay_kernels::attention::KvFormat;
+use forebay_kernels::exec::Exec;
+use forebay_runtime::open::Image;
+use forebay_runtime::plan::{Limits, Plan, PlanError};
+use forebay_runtime::policy::Policy;
 
 /// Ids parted by commas, at least one, all of them numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -27,6 +31,15 @@ pub enum Prompt<'a> {
     Tokens(Ids<'a>),
 }
 
+/// What to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mode {
+    /// Generate from one prompt, greedily, and end.
+    Once,
+    /// Take prompts from the console until somebody says `/quit`.
+    Serve,
+}
+
 /// Where the image is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Source {
@@ -41,12 +54,14 @@ pub enum Source {
 /// What a run is asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Options<'a> {
+    /// What to do.
+    pub mode: Mode,
     /// What to generate from.
     pub prompt: Prompt<'a>,
-    /// Tokens to generate, at least 1.
-    pub generate: usize,
-    /// Tokens of prompt and answer together.
-    pub context: usize,
+    /// Tokens to generate, at least 1; `None` leaves it to the mode.
+    pub generate: Option<usize>,
+    /// Tokens of prompt and answer together; `None` leaves it to the mode.
+    pub context: Option<usize>,
     /// Prompt tokens computed together.
     pub batch: usize,
     /// Reads in flight at once; the device's own limit applies too.
@@ -68,9 +83,10 @@ pub struct Options<'a> {
 impl Default for Options<'_> {
     fn default() -> Self {
         Self {
+            mode: Mode::Once,
             prompt: Prompt::Text("Once upon a time"),
-            generate: 32,
-            context: 128,
+            generate: None,
+            context: None,
             batch: 16,
             depth: 4,
             kv: KvFormat::F16,
@@ -89,7 +105,7 @@ impl Default for Options<'_> {
 pub enum OptionError<'a> {
     /// No such name.
     #[error(
-        "unknown word {0:?} on the command line; known are tokens, text (last), generate, context, batch, depth, kv, arena, image, backend, cores and patience, each with =value"
+        "unknown word {0:?} on the command line; known are mode, tokens, text (last), generate, context, batch, depth, kv, arena, image, backend, cores and patience, each with =value"
     )]
     Unknown(&'a str),
     /// The value does not fit the name.
@@ -121,6 +137,28 @@ impl<'a> Options<'a> {
         Ok(options)
     }
 
+    /// The plan of an arena of `arena` bytes of which the application takes `reserved` for itself.
+    pub(crate) fn plan(
+        &self,
+        image: &Image<'_>,
+        arena: usize,
+        exec: &Exec<'_>,
+        context: usize,
+        reserved: u64,
+    ) -> Result<Plan, PlanError> {
+        let limits = Limits {
+            arena: arena as u64,
+            context,
+            batch: self.batch,
+            logit_rows: 1,
+            kv: self.kv,
+            workers: exec.workers.count(),
+            reserved,
+            policy: Policy::default(),
+        };
+        Plan::new(image, limits)
+    }
+
     fn set(&mut self, word: &'a str) -> Result<(), OptionError<'a>> {
         let (name, value) = word.split_once('=').ok_or(OptionError::Unknown(word))?;
         let wrong = |expected| OptionError::Value { name, value, expected };
@@ -130,8 +168,15 @@ impl<'a> Options<'a> {
         };
         match name {
             "tokens" => self.prompt = Prompt::Tokens(Ids::parse(value).ok_or(wrong("ids parted by commas"))?),
-            "generate" => self.generate = count()?,
-            "context" => self.context = count()?,
+            "mode" => {
+                self.mode = match value {
+                    "once" => Mode::Once,
+                    "serve" => Mode::Serve,
+                    _ => return Err(wrong("once or serve")),
+                }
+            }
+            "generate" => self.generate = Some(count()?),
+            "context" => self.context = Some(count()?),
             "batch" => self.batch = count()?,
             "depth" => self.depth = count()?,
             "arena" => self.arena = Some(count()?),
@@ -165,14 +210,15 @@ mod tests {
 
     #[test]
     fn every_word_is_taken() {
-        let line = "tokens=1,20,300 generate=5 context=9 batch=2 depth=3 kv=f32 arena=4096 image=flash backend=neon cores=4 patience=7";
+        let line = "mode=serve tokens=1,20,300 generate=5 context=9 batch=2 depth=3 kv=f32 arena=4096 image=flash backend=neon cores=4 patience=7";
         let options = Options::parse(line).unwrap();
         let Prompt::Tokens(ids) = options.prompt else { panic!("{options:?}") };
         assert!(ids.iter().eq([1, 20, 300]));
         let want = Options {
+            mode: Mode::Serve,
             prompt: Prompt::Tokens(ids),
-            generate: 5,
-            context: 9,
+            generate: Some(5),
+            context: Some(9),
             batch: 2,
             depth: 3,
             kv: KvFormat::F32,
@@ -189,7 +235,7 @@ mod tests {
     fn a_text_is_the_rest_of_the_line() {
         let options = Options::parse("generate=3 text=Two words, depth=1").unwrap();
         assert_eq!(options.prompt, Prompt::Text("Two words, depth=1"));
-        assert_eq!((options.generate, options.depth), (3, Options::default().depth));
+        assert_eq!((options.generate, options.depth), (Some(3), Options::default().depth));
         assert_eq!(Options::parse("").unwrap(), Options::default());
         assert_eq!(Options::parse("  ").unwrap(), Options::default());
     }
@@ -199,8 +245,17 @@ mod tests {
         for (line, word) in [("speed=3", "speed=3"), ("generate", "generate"), ("generate=1 =", "=")] {
             assert_eq!(Options::parse(line), Err(OptionError::Unknown(word)));
         }
-        let refused =
-            ["tokens=", "tokens=1,,2", "tokens=-1", "generate=0", "context=x", "kv=f8", "image=tape", "cores=0"];
+        let refused = [
+            "tokens=",
+            "tokens=1,,2",
+            "tokens=-1",
+            "generate=0",
+            "context=x",
+            "kv=f8",
+            "image=tape",
+            "cores=0",
+            "mode=talk",
+        ];
         for word in refused {
             assert!(matches!(Options::parse(word), Err(OptionError::Value { .. })), "{word}");
         }

@@ -56,7 +56,7 @@ impl<E: Debug + Display> HasStatus for AppError<E> {
             | Self::Context { .. }
             | Self::Backend
             | Self::Cores { .. } => Status::Usage,
-            Self::Tokenizer(_) => Status::Damaged,
+            Self::Tokenizer(_) | Self::Turns(_) => Status::Damaged,
             Self::Plan(_) => Status::Failed,
         }
     }

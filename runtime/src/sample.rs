@@ -8,6 +8,11 @@ use forebay_kernels::ops;
 use rand_core::{RngCore, SeedableRng};
 use rand_pcg::Pcg32;
 
+use crate::model::record::ModelRecord;
+
+/// Tokens that the repetition penalty looks back on, everywhere.
+pub const PENALTY_WINDOW: usize = 64;
+
 /// How to sample.
 #[derive(Clone, Copy, PartialEq, Debug)]
 #[cfg_attr(feature = "defmt", derive(defmt::Format))]
@@ -30,6 +35,25 @@ impl SamplerParams {
     /// Always the most probable token.
     pub const GREEDY: Self =
         Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 };
+    /// llama.cpp's defaults, for models that suggest nothing.
+    pub const DEFAULT: Self =
+        Self { temperature: 0.8, top_k: 40, top_p: 0.95, min_p: 0.05, repetition_penalty: 1.0, seed: 0 };
+
+    /// What a model suggests, else [`Self::DEFAULT`].
+    pub fn of_model(model: &ModelRecord) -> Self {
+        // A model that suggests nothing has a temperature of 0.
+        if model.temperature.get() <= 0.0 {
+            return Self::DEFAULT;
+        }
+        Self {
+            temperature: model.temperature.get(),
+            top_k: model.top_k.get() as usize,
+            top_p: model.top_p.get(),
+            min_p: model.min_p.get(),
+            repetition_penalty: model.repetition_penalty.get(),
+            seed: 0,
+        }
+    }
 }
 
 /// A token that may be drawn.
@@ -62,6 +86,11 @@ impl Sampler {
     /// How it samples.
     pub fn params(&self) -> &SamplerParams {
         &self.params
+    }
+
+    /// Changes how it samples. Its draws go on; a seed that differs counts for the next sampler.
+    pub fn set_params(&mut self, params: SamplerParams) {
+        self.params = params;
     }
 
     /// Candidates that [`Self::sample`] needs room for.
@@ -242,6 +271,25 @@ mod tests {
         let mut l = logits();
         assert_eq!(sampler.sample(&mut l, &[1, 1, 2, 3, 99], &mut []), 5);
         assert_eq!(l, [1.0, 1.5, -4.0, 1.5, 0.5, 2.0]);
+    }
+
+    #[test]
+    fn draws_go_on_under_other_parameters() {
+        let mut draws = |change: bool| -> [u32; 40] {
+            let mut sampler = Sampler::new(SOFT);
+            let mut scratch = [Candidate::default(); 6];
+            core::array::from_fn(|i| {
+                if change && i == 7 {
+                    sampler.set_params(SamplerParams { temperature: 0.0, ..SOFT });
+                } else if change && i == 9 {
+                    sampler.set_params(SOFT);
+                }
+                sampler.sample(&mut logits(), &[], &mut scratch)
+            })
+        };
+        let (same, changed) = (draws(false), draws(true));
+        // Greedy choices draw nothing.
+        assert_eq!((&same[..7], &same[7..38]), (&changed[..7], &changed[9..]));
     }
 
     #[test]

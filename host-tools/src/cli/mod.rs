@@ -320,15 +320,13 @@ struct SampleArgs {
 impl SampleArgs {
     /// What the command line says, else the model, else llama.cpp's defaults.
     fn params(&self, model: &ModelRecord) -> SamplerParams {
-        // A model that suggests nothing has a temperature of 0.
-        let suggests = model.temperature.get() > 0.0;
-        let default = |models: f32, other: f32| if suggests { models } else { other };
+        let default = SamplerParams::of_model(model);
         SamplerParams {
-            temperature: self.temp.unwrap_or(default(model.temperature.get(), 0.8)),
-            top_k: self.top_k.unwrap_or(if suggests { model.top_k.get() as usize } else { 40 }),
-            top_p: self.top_p.unwrap_or(default(model.top_p.get(), 0.95)),
-            min_p: self.min_p.unwrap_or(default(model.min_p.get(), 0.05)),
-            repetition_penalty: self.repeat_penalty.unwrap_or(default(model.repetition_penalty.get(), 1.0)),
+            temperature: self.temp.unwrap_or(default.temperature),
+            top_k: self.top_k.unwrap_or(default.top_k),
+            top_p: self.top_p.unwrap_or(default.top_p),
+            min_p: self.min_p.unwrap_or(default.min_p),
+            repetition_penalty: self.repeat_penalty.unwrap_or(default.repetition_penalty),
             seed: self.seed.unwrap_or_else(random),
         }
     }

@@ -26,16 +26,13 @@ use forebay_runtime::open::Image;
 use forebay_runtime::plan::{Limits, Plan, PlanError};
 use forebay_runtime::policy::Choice;
 use forebay_runtime::policy::Policy;
-use forebay_runtime::sample::{Candidate, Sampler};
+use forebay_runtime::sample::{Candidate, PENALTY_WINDOW, Sampler};
 use forebay_runtime::tokenizer::{EncodeOptions, Tokenizer, TokenizerError};
 use forebay_storage::FileStore;
 use forebay_storage::image::{MAGIC, SUPERBLOCK_SLOT, SectionKind, Superblock};
 
 use crate::host::size::{Size, bytes_text};
 use crate::host::store::{HostStore, StoreOptions};
-
-/// Tokens that the repetition penalty looks back on.
-const PENALTY_WINDOW: usize = 64;
 
 /// An image on disk and its superblock.
 #[derive(Debug)]

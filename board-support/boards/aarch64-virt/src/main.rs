@@ -6,7 +6,7 @@ use core::mem::MaybeUninit;
 use core::panic::PanicInfo;
 use core::ptr::NonNull;
 
-use arm_pl011_uart::{PL011Registers, Uart, UniqueMmioPointer};
+use arm_pl011_uart::{DataBits, LineConfig, PL011Registers, Parity, StopBits, Uart, UniqueMmioPointer};
 use embedded_io::Write;
 use forebay_board::aarch64::boot;
 use forebay_board::aarch64::pages::{Level1, Level2, Region};
@@ -21,6 +21,8 @@ use static_cell::ConstStaticCell;
 const ARENA: usize = 2650 << 10;
 
 const UART: usize = 0x0900_0000;
+const UART_CLOCK: u32 = 24_000_000;
+const BAUD: u32 = 115_200;
 const VIRTIO: usize = 0x0a00_0000;
 const VIRTIO_STRIDE: usize = 0x200;
 const VIRTIO_SLOTS: usize = 32;
@@ -48,11 +50,15 @@ fn console() -> Uart<'static> {
 extern "C" fn board_main(level: u64, _: usize) -> ! {
     // SAFETY: the linker script keeps this memory for the stack.
     let stack = unsafe { Stack::paint(boot::stack()) };
+    let mut console = console();
+    let config = LineConfig { data_bits: DataBits::Bits8, parity: Parity::None, stop_bits: StopBits::One };
+    // Turns the FIFOs on. The divisor of these two numbers is a valid one.
+    let _ = console.enable(config, BAUD, UART_CLOCK);
     let mut line = [MaybeUninit::uninit(); 2048];
     let board = Board {
         name: "aarch64-virt",
         processor: &Processor { entered: level },
-        console: &mut console(),
+        console: &mut console,
         clock: clock(),
         command_line: semihost::command_line(&mut line),
         arena: &mut ARENA_MEMORY.take().0,

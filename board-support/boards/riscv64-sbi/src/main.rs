@@ -50,7 +50,7 @@ extern "C" fn board_main(hart: usize, device_tree: usize) -> ! {
     let board = Board {
         name: "riscv64-sbi",
         processor: &format_args!("RV64GC in supervisor mode, {vectors}"),
-        console: &mut DebugConsole,
+        console: &mut DebugConsole::default(),
         clock: Clock { now: riscv64::time, hertz: TIMER_HERTZ },
         command_line: tree.and_then(|tree| tree.chosen().bootargs()).unwrap_or(""),
         arena: &mut ARENA_MEMORY.take().0,
@@ -66,6 +66,6 @@ extern "C" fn board_main(hart: usize, device_tree: usize) -> ! {
 
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
-    let _ = writeln!(DebugConsole, "\n{info}");
+    let _ = writeln!(DebugConsole::default(), "\n{info}");
     exit(101)
 }
