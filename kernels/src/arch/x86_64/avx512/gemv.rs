@@ -1,8 +1,8 @@
 //! The product of a row block with a few tokens, straight from the fields.
 
-use super::{broadcast, halves, load, rows_to_lanes};
+use super::{broadcast, halves, indices, load};
 use crate::activations::{Acts, TokenActs};
-use crate::reference::quant::QuantBlock;
+use crate::reference::quant::{self, QuantBlock};
 use crate::weights::ROW_BLOCK;
 use core::arch::x86_64::*;
 
@@ -26,11 +26,8 @@ pub(super) fn quant_tile(block: &QuantBlock<'_>, acts: &Acts<'_>, first: usize, 
             let acts = [acts.token(first), acts.token(first + 1), acts.token(first + 2)];
             tile::<3, ANY>(block, acts, [a, b, c]);
         }
-        [a, b, c, d] => {
-            let acts = [acts.token(first), acts.token(first + 1), acts.token(first + 2), acts.token(first + 3)];
-            tile::<4, ANY>(block, acts, [a, b, c, d]);
-        }
-        _ => {}
+        // More tokens are a product of their own kind.
+        _ => quant::quant_tile(block, acts, first, out),
     }
 }
 
@@ -365,20 +362,13 @@ unsafe fn field8<const T: usize>(mut w: *const u8, q: [*const u8; T], k: usize, 
 #[inline]
 #[target_feature(enable = "avx512vnni,avx512vbmi")]
 unsafe fn field1<const T: usize>(mut w: *const u8, tables: [*const u8; T], k: usize, shift: u32, sums: &mut Sums<T>) {
-    const FIRST_AND_SECOND_OR_THIRD: i32 = 0xea;
-    let nibble = _mm512_set1_epi8(15);
-    // Byte t of a lane looks up in the t-th of four tables.
-    let table = _mm512_set1_epi32(0x3020_1000);
     let weight = _mm512_set1_epi8(1 << shift);
     let mut others: Sums<T> = [[_mm512_setzero_si512(); 2]; T];
     for at in (0..k).step_by(32) {
         prefetch::<T>(w);
         for v in 0..2 {
             // SAFETY: the caller's promise.
-            let codes = rows_to_lanes(unsafe { load(w.add(64 * v)) });
-            let upper = _mm512_srli_epi16::<4>(codes);
-            let first = _mm512_ternarylogic_epi32::<FIRST_AND_SECOND_OR_THIRD>(codes, nibble, table);
-            let second = _mm512_ternarylogic_epi32::<FIRST_AND_SECOND_OR_THIRD>(upper, nibble, table);
+            let [first, second] = indices(unsafe { load(w.add(64 * v)) });
             for t in 0..T {
                 // SAFETY: the caller's promise: 128 bytes of tables for every 32 K.
                 let (even, odd) = unsafe { (load(tables[t].add(4 * at)), load(tables[t].add(4 * at + 64))) };

@@ -7,11 +7,12 @@
 
 mod acts;
 mod float;
+mod gemm;
 mod gemv;
 mod kv8;
 
 use crate::activations::{ActSpec, Acts, TokenMut};
-use crate::arch::{Float, Kernels};
+use crate::arch::{self, Float, Kernels};
 use crate::reference::quant::QuantBlock;
 use crate::weights::ROW_BLOCK;
 use core::arch::x86_64::*;
@@ -51,6 +52,13 @@ impl Kernels for Avx512 {
     fn quant_tile(&self, block: &QuantBlock<'_>, acts: &Acts<'_>, first: usize, out: &mut [[f32; ROW_BLOCK]]) {
         // SAFETY: as above.
         unsafe { gemv::quant_tile(block, acts, first, out) }
+    }
+    fn quant_block(&self, block: &QuantBlock<'_>, acts: &Acts<'_>, put: &mut dyn FnMut(usize, &[f32; ROW_BLOCK])) {
+        if acts.tokens() < gemm::MIN_TOKENS {
+            return arch::quant_block(self, block, acts, put);
+        }
+        // SAFETY: as above.
+        unsafe { gemm::quant_block(block, acts, put) }
     }
     fn dot_rows(&self, format: Float, rows: &[u8], x: &[f32], out: &mut [f32]) {
         // SAFETY: as above.
@@ -155,4 +163,19 @@ fn rows_to_lanes(codes: __m512i) -> __m512i {
     };
     // SAFETY: the order has 64 bytes.
     _mm512_permutexvar_epi8(unsafe { load(ORDER.as_ptr()) }, codes)
+}
+
+/// Where the bytes of a field of 1 bit are looked up, low bits and high bits: byte t of a row's lane in the t-th of four
+/// tables.
+#[inline]
+#[target_feature(enable = "avx512vbmi")]
+fn indices(codes: __m512i) -> [__m512i; 2] {
+    const FIRST_AND_SECOND_OR_THIRD: i32 = 0xea;
+    let (nibble, table) = (_mm512_set1_epi8(15), _mm512_set1_epi32(0x3020_1000));
+    let low = rows_to_lanes(codes);
+    let high = _mm512_srli_epi16::<4>(low);
+    [
+        _mm512_ternarylogic_epi32::<FIRST_AND_SECOND_OR_THIRD>(low, nibble, table),
+        _mm512_ternarylogic_epi32::<FIRST_AND_SECOND_OR_THIRD>(high, nibble, table),
+    ]
 }
