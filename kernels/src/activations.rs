@@ -6,7 +6,9 @@
 //! then give the same integers. All others take 8 bits, which quarters the noise: `docs/BENCHMARKS.md` has what
 //! that is worth in perplexity.
 
+use crate::arch::split::{Split, run_parts};
 use crate::exec::Exec;
+use crate::matmul::parts;
 use crate::weights::{Encoding, MatrixShape};
 use core::ops::Range;
 
@@ -208,10 +210,18 @@ pub fn quantise<'a>(
     let layout = Layout::new(spec, cols);
     let scratch = &mut scratch[..layout.stride * tokens];
     let kernels = exec.backend.kernels();
-    if cols > 0 {
-        for (x, data) in x.chunks_exact(cols).zip(scratch.chunks_exact_mut(layout.stride)) {
-            kernels.quantise(spec, x, TokenMut::new(data, &layout, spec.tables));
-        }
+    if tokens > 0 && cols > 0 {
+        // An element costs about as much as some multiplications.
+        let parts = parts(exec, 16 * tokens * cols, tokens);
+        let split = Split::new(scratch, layout.stride * tokens, layout.stride, parts);
+        run_parts(exec, parts, &|part| {
+            let Some(mut columns) = split.take(part) else { return };
+            let first = columns.range().start / layout.stride;
+            let x = x[first * cols..].chunks_exact(cols);
+            for (x, data) in x.zip(columns.row(0).chunks_exact_mut(layout.stride)) {
+                kernels.quantise(spec, x, TokenMut::new(data, &layout, spec.tables));
+            }
+        });
     }
     Acts { spec, layout, cols, tokens, data: scratch }
 }

@@ -1,6 +1,6 @@
 //! Causal attention with grouped queries over a cache of keys and values.
 
-use crate::arch::split::{Columns, split_columns};
+use crate::arch::split::{Split, run_parts};
 use crate::arch::{Float, Kernels};
 use crate::exec::Exec;
 use crate::matmul::parts;
@@ -132,7 +132,12 @@ pub fn attention(
     let row = format.row_bytes(dim);
     let span = if window == 0 { pos0 + tokens } else { window.min(pos0 + tokens) };
     let parts = parts(exec, tokens * width * span, heads);
-    split_columns(exec, parts, out, width, dim, scratch, &|range, columns: &mut Columns<'_>, scores| {
+    let share = scratch.len() / parts;
+    let outs = Split::new(out, width, dim, parts);
+    let scratches = Split::new(&mut scratch[..share * parts], share * parts, share, parts);
+    run_parts(exec, parts, &|part| {
+        let (Some(mut columns), Some(mut scores)) = (outs.take(part), scratches.take(part)) else { return };
+        let (range, scores) = (columns.range(), scores.row(0));
         for head in range.start / dim..range.end / dim {
             let cache = head / group * shape.capacity * row..(head / group + 1) * shape.capacity * row;
             let (k, v) = (&k[cache.clone()], &v[cache]);

@@ -17,6 +17,12 @@ mod reference;
 mod tests;
 pub mod weights;
 
+/// Pages of memory on hosts.
+#[cfg(feature = "std")]
+pub mod pages {
+    pub use crate::arch::pages::prefer_huge;
+}
+
 /// A thread pool for hosts.
 #[cfg(any(test, feature = "std"))]
 pub mod pool {

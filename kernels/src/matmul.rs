@@ -4,8 +4,8 @@
 //! multiplied with all tokens before the next block is touched, so that the weights stream once.
 
 use crate::activations::Input;
-use crate::arch::Float;
-use crate::arch::split::{Columns, split_columns};
+use crate::arch::split::{Columns, Split, run_parts};
+use crate::arch::{Float, Kernels};
 use crate::exec::Exec;
 use crate::reference::quant::QuantBlock;
 use crate::weights::{Encoding, MatrixRef, MatrixShape, ROW_BLOCK};
@@ -14,6 +14,8 @@ use crate::weights::{Encoding, MatrixRef, MatrixShape, ROW_BLOCK};
 const SERIAL_WORK: usize = 32 * 1024;
 /// Rows of a float matrix multiplied with all tokens before the next ones.
 const FLOAT_ROWS: usize = 16;
+/// Most products that one round of the workers takes.
+const MAX_PRODUCTS: usize = 3;
 
 impl Encoding {
     fn float(self) -> Option<Float> {
@@ -28,7 +30,70 @@ impl Encoding {
 
 /// Number of workers worth using for `work` multiplications in `units` pieces.
 pub(crate) fn parts(exec: &Exec<'_>, work: usize, units: usize) -> usize {
-    if work < SERIAL_WORK { 1 } else { exec.workers.count().min(units).max(1) }
+    match work {
+        0..SERIAL_WORK => 1,
+        _ => exec.workers.count().min(units).clamp(1, usize::BITS as usize),
+    }
+}
+
+/// Checks the operands of a product.
+fn check(w: &MatrixRef<'_>, x: Input<'_>, tokens: usize, out: &[f32]) {
+    let shape = w.shape();
+    let (rows, cols) = (shape.rows as usize, shape.cols as usize);
+    assert_eq!(out.len(), tokens * rows, "out is [tokens][rows]");
+    match (shape.act_spec(), x) {
+        (None, Input::F32(x)) => assert_eq!(x.len(), tokens * cols, "x is [tokens][cols]"),
+        (Some(spec), Input::Quant(acts)) => {
+            assert!(acts.fits(spec), "input quantised for another matrix");
+            assert!(acts.tokens() == tokens && acts.cols() == cols, "input of another shape");
+        }
+        _ => panic!("float matrices take f32 inputs, quantised matrices quantised ones"),
+    }
+}
+
+/// Multiplies the rows of `w` that are the columns of the output.
+fn multiply(kernels: &dyn Kernels, w: &MatrixRef<'_>, x: Input<'_>, columns: &mut Columns<'_, f32>) {
+    let shape = w.shape();
+    let range = columns.range();
+    match (shape.encoding.float(), x) {
+        (Some(format), Input::F32(x)) => {
+            let cols = shape.cols as usize;
+            let stride = cols * format.bytes();
+            if cols == 0 {
+                return;
+            }
+            let data = &w.fields()[0][range.start * stride..range.end * stride];
+            for (block, rows) in data.chunks(FLOAT_ROWS * stride).enumerate() {
+                let at = block * FLOAT_ROWS;
+                let n = rows.len() / stride;
+                for (token, x) in x.chunks_exact(cols).enumerate() {
+                    let out = &mut columns.row(token)[at..at + n];
+                    kernels.dot_rows(format, rows, x, out);
+                    apply_gain(w, out);
+                }
+            }
+        }
+        (None, Input::Quant(acts)) => {
+            for first_row in range.clone().step_by(ROW_BLOCK) {
+                let Some(block) = QuantBlock::new(w, first_row / ROW_BLOCK) else { return };
+                let at = first_row - range.start;
+                let n = ROW_BLOCK.min(range.end - first_row);
+                let mut put = |token: usize, products: &[f32; ROW_BLOCK]| {
+                    let out = &mut columns.row(token)[at..at + n];
+                    out.copy_from_slice(&products[..n]);
+                    apply_gain(w, out);
+                };
+                if acts.tokens() == 1 {
+                    let mut products = [[0.0; ROW_BLOCK]];
+                    kernels.quant_tile(&block, &acts, 0, &mut products);
+                    put(0, &products[0]);
+                } else {
+                    kernels.quant_block(&block, &acts, &mut put);
+                }
+            }
+        }
+        _ => (),
+    }
 }
 
 /// Multiplies `w` with `tokens` vectors; `out` is `[tokens][rows]` and is overwritten.
@@ -37,56 +102,115 @@ pub(crate) fn parts(exec: &Exec<'_>, work: usize, units: usize) -> usize {
 /// If `out` or the input has not the shape's length, or the input's kind or specification is not the one
 /// that [`MatrixShape::act_spec`] asks for.
 pub fn matmul(exec: &Exec<'_>, w: &MatrixRef<'_>, x: Input<'_>, tokens: usize, out: &mut [f32]) {
-    let shape = w.shape();
-    let (rows, cols) = (shape.rows as usize, shape.cols as usize);
-    assert_eq!(out.len(), tokens * rows, "out is [tokens][rows]");
-    if out.is_empty() {
-        return;
+    matmul_all(exec, x, tokens, &mut [(*w, out)]);
+}
+
+/// As [`matmul`], of several matrices with the same input, in one round of the workers.
+///
+/// # Panics
+/// As [`matmul`].
+pub fn matmul_all(exec: &Exec<'_>, x: Input<'_>, tokens: usize, products: &mut [(MatrixRef<'_>, &mut [f32])]) {
+    for products in products.chunks_mut(MAX_PRODUCTS) {
+        round(exec, x, tokens, products, None, &|_, _| ());
     }
+}
+
+/// A gated unit's first half: `gate = silu(gate x + bias) * (up x + bias)`. `out`, `gate` then `up`, are both
+/// `[tokens][rows]`; both are overwritten.
+///
+/// # Panics
+/// As [`matmul`], or if the matrices or biases have not the same number of rows.
+pub fn matmul_gated(
+    exec: &Exec<'_>,
+    matrices: [MatrixRef<'_>; 2],
+    biases: [Option<&[f32]>; 2],
+    x: Input<'_>,
+    tokens: usize,
+    out: [&mut [f32]; 2],
+) {
+    let rows = matrices[0].shape().rows as usize;
+    assert!(matrices[1].shape().rows as usize == rows, "gate and up differ in rows");
+    assert!(biases.iter().flatten().all(|bias| bias.len() == rows), "a bias is [rows]");
     let kernels = exec.backend.kernels();
-    let work = tokens * rows * cols;
-    match (shape.encoding.float(), x) {
-        (Some(format), Input::F32(x)) => {
-            assert_eq!(x.len(), tokens * cols, "x is [tokens][cols]");
-            if cols == 0 {
-                out.fill(0.0);
-                return;
+    let [gate, up] = out;
+    let products = &mut [(matrices[0], gate), (matrices[1], up)];
+    round(exec, x, tokens, products, None, &|columns, _| {
+        let [Some(gate), Some(up), _] = columns else { return };
+        let range = gate.range();
+        for token in 0..tokens {
+            let (gate, up) = (gate.row(token), up.row(token));
+            for (out, bias) in [(&mut *gate, biases[0]), (&mut *up, biases[1])] {
+                if let Some(bias) = bias {
+                    kernels.add(out, &bias[range.clone()]);
+                }
             }
-            let stride = cols * format.bytes();
-            let data = &w.fields()[0][..rows * stride];
-            let parts = parts(exec, work, rows);
-            split_columns(exec, parts, out, rows, 1, &mut [], &|range, columns: &mut Columns<'_>, _| {
-                let data = &data[range.start * stride..range.end * stride];
-                for (block, rows) in data.chunks(FLOAT_ROWS * stride).enumerate() {
-                    let at = block * FLOAT_ROWS;
-                    let n = rows.len() / stride;
-                    for (token, x) in x.chunks_exact(cols).enumerate() {
-                        let out = &mut columns.row(token)[at..at + n];
-                        kernels.dot_rows(format, rows, x, out);
-                        apply_gain(w, out);
-                    }
-                }
-            });
+            kernels.silu_mul(gate, up);
         }
-        (None, Input::Quant(acts)) => {
-            assert!(shape.act_spec().is_some_and(|spec| acts.fits(spec)), "input quantised for another matrix");
-            assert!(acts.tokens() == tokens && acts.cols() == cols, "input of another shape");
-            let parts = parts(exec, work, shape.row_blocks());
-            split_columns(exec, parts, out, rows, ROW_BLOCK, &mut [], &|range, columns: &mut Columns<'_>, _| {
-                for first_row in range.clone().step_by(ROW_BLOCK) {
-                    let Some(block) = QuantBlock::new(w, first_row / ROW_BLOCK) else { return };
-                    let at = first_row - range.start;
-                    let n = ROW_BLOCK.min(range.end - first_row);
-                    kernels.quant_block(&block, &acts, &mut |token, products| {
-                        let out = &mut columns.row(token)[at..at + n];
-                        out.copy_from_slice(&products[..n]);
-                        apply_gain(w, out);
-                    });
-                }
-            });
-        }
-        _ => panic!("float matrices take f32 inputs, quantised matrices quantised ones"),
+    });
+}
+
+/// `acc += w x`, both `acc` and `out`, which holds the product, being `[tokens][rows]`.
+///
+/// # Panics
+/// As [`matmul`], or if `acc` and `out` differ in length.
+pub fn matmul_add(exec: &Exec<'_>, w: &MatrixRef<'_>, x: Input<'_>, tokens: usize, out: &mut [f32], acc: &mut [f32]) {
+    assert_eq!(acc.len(), out.len(), "acc is [tokens][rows]");
+    let kernels = exec.backend.kernels();
+    round(exec, x, tokens, &mut [(*w, out)], Some(acc), &|columns, acc| {
+        let ([Some(out), ..], Some(acc)) = (columns, acc) else { return };
+        (0..tokens).for_each(|token| kernels.add(acc.row(token), out.row(token)));
+    });
+}
+
+/// The columns of one part: of every product, and of what they are added to.
+type After<'f> = dyn Fn(&mut [Option<Columns<'_, f32>>; MAX_PRODUCTS], Option<&mut Columns<'_, f32>>) + Sync + 'f;
+
+/// One round of the workers: every part of every product, at most [`MAX_PRODUCTS`], then `after` on the same columns.
+fn round(
+    exec: &Exec<'_>,
+    x: Input<'_>,
+    tokens: usize,
+    products: &mut [(MatrixRef<'_>, &mut [f32])],
+    acc: Option<&mut [f32]>,
+    after: &After<'_>,
+) {
+    let unit = match x {
+        Input::F32(_) => 1,
+        Input::Quant(_) => ROW_BLOCK,
+    };
+    let (mut work, mut units) = (0, 0);
+    for (w, out) in products.iter() {
+        check(w, x, tokens, out);
+        let (rows, cols) = (w.shape().rows as usize, w.shape().cols as usize);
+        work += tokens * rows * cols;
+        units = units.max(rows.div_ceil(unit));
     }
+    let parts = parts(exec, work, units);
+    let mut splits = [const { None }; MAX_PRODUCTS];
+    let mut acc_width = 0;
+    for (split, (w, out)) in splits.iter_mut().zip(products) {
+        let rows = w.shape().rows as usize;
+        if !out.is_empty() {
+            if w.shape().cols == 0 {
+                out.fill(0.0);
+            }
+            acc_width = rows;
+            *split = Some((*w, Split::new(out, rows, unit, parts)));
+        }
+    }
+    let acc = acc.filter(|acc| !acc.is_empty()).map(|acc| Split::new(acc, acc_width, unit, parts));
+    let kernels = exec.backend.kernels();
+    run_parts(exec, parts, &|part| {
+        let mut columns = [const { None }; MAX_PRODUCTS];
+        for (columns, split) in columns.iter_mut().zip(&splits) {
+            let Some((w, split)) = split else { continue };
+            *columns = split.take(part);
+            if let Some(columns) = columns {
+                multiply(kernels, w, x, columns);
+            }
+        }
+        after(&mut columns, acc.as_ref().and_then(|acc| acc.take(part)).as_mut());
+    });
 }
 
 /// Multiplies finished values by the matrix's gain.

@@ -14,6 +14,7 @@ use forebay::template::Template;
 use forebay::trace;
 use forebay_kernels::attention::KvFormat;
 use forebay_kernels::exec::{Backend, Exec};
+use forebay_kernels::pages::prefer_huge;
 use forebay_kernels::pool::ThreadPool;
 use forebay_kernels::weights::Encoding;
 use forebay_runtime::arena::{Arena, PAGE, table_bytes};
@@ -149,6 +150,7 @@ impl Memory {
         let spare = self.bytes.spare_capacity_mut();
         let start = spare.as_ptr().align_offset(PAGE).min(spare.len());
         let end = (start + self.len).min(spare.len());
+        prefer_huge(&mut spare[start..end]);
         &mut spare[start..end]
     }
 }

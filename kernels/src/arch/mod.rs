@@ -1,11 +1,13 @@
 //! Back-ends: one private trait, the scalar definition, and one file per instruction set.
 //!
 //! The only unsafe code of the crate is here: vector intrinsics, the hand-out of disjoint parts of an output to
-//! the workers, and the thread pool's borrowed job.
+//! the workers, the thread pool's borrowed job, and advice to the system about pages.
 #![allow(unsafe_code)]
 
 #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
 mod aarch64;
+#[cfg(feature = "std")]
+pub(crate) mod pages;
 #[cfg(any(test, feature = "std"))]
 pub(crate) mod pool;
 #[cfg(all(target_arch = "riscv64", target_feature = "d"))]

@@ -1,22 +1,65 @@
-//! Hands disjoint columns of a `[tokens][width]` output to the workers.
+//! Hands disjoint columns of a `[rows][width]` output to the workers.
 
 use crate::exec::Exec;
 use core::marker::PhantomData;
 use core::ops::Range;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
+/// An output whose columns are cut into ranges of whole units, one for each part of a job.
+pub(crate) struct Split<'a, T> {
+    base: *mut T,
+    width: usize,
+    rows: usize,
+    unit: usize,
+    parts: usize,
+    /// One bit per part, set when it is handed out: `Workers` is a safe trait, so an implementation that runs an
+    /// index twice must not get the same part twice.
+    taken: AtomicUsize,
+    _out: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it stands for a `&mut [T]` that is cut into disjoint parts, each handed out once and used by one thread.
+unsafe impl<T: Send> Sync for Split<'_, T> {}
+
 /// A range of columns of every row of an output.
-pub(crate) struct Columns<'a> {
-    base: *mut f32,
+pub(crate) struct Columns<'a, T> {
+    base: *mut T,
     width: usize,
     rows: usize,
     range: Range<usize>,
-    _out: PhantomData<&'a mut [f32]>,
+    _out: PhantomData<&'a mut [T]>,
 }
 
-impl Columns<'_> {
+impl<'a, T> Split<'a, T> {
+    /// Cuts `out` (`[..][width]`) for `parts` parts, 1 to `usize::BITS` of them.
+    pub fn new(out: &'a mut [T], width: usize, unit: usize, parts: usize) -> Self {
+        assert!(width > 0 && unit > 0 && out.len().is_multiple_of(width), "out is [rows][width]");
+        assert!((1..=usize::BITS as usize).contains(&parts), "too many parts");
+        let rows = out.len() / width;
+        Self { base: out.as_mut_ptr(), width, rows, unit, parts, taken: AtomicUsize::new(0), _out: PhantomData }
+    }
+
+    /// The columns of part `part`; `None` if it has none, or they have been handed out before.
+    pub fn take(&self, part: usize) -> Option<Columns<'_, T>> {
+        if part >= self.parts || self.taken.fetch_or(1 << part, Ordering::Relaxed) & 1 << part != 0 {
+            return None;
+        }
+        let units = self.width.div_ceil(self.unit);
+        let border = |part: usize| (part * units / self.parts * self.unit).min(self.width);
+        let range = border(part)..border(part + 1);
+        let columns = Columns { base: self.base, width: self.width, rows: self.rows, range, _out: PhantomData };
+        (!columns.range.is_empty()).then_some(columns)
+    }
+}
+
+impl<T> Columns<'_, T> {
+    /// Which columns these are.
+    pub fn range(&self) -> Range<usize> {
+        self.range.clone()
+    }
+
     /// The columns of row `row`.
-    pub fn row(&mut self, row: usize) -> &mut [f32] {
+    pub fn row(&mut self, row: usize) -> &mut [T] {
         assert!(row < self.rows, "row out of range");
         // SAFETY: `base` heads `rows * width` elements borrowed for the lifetime of `self`, the range lies inside
         // 0..width, no other `Columns` of the same output has a range that overlaps it, and `&mut self` makes this
@@ -28,56 +71,10 @@ impl Columns<'_> {
     }
 }
 
-/// A pointer that the workers share; each touches its own elements only.
-struct Shared(*mut f32);
-
-impl Shared {
-    fn get(&self) -> *mut f32 {
-        self.0
-    }
-}
-
-// SAFETY: it stands for a `&mut [f32]` that is cut into disjoint parts, each used by one thread; f32 is Send.
-unsafe impl Sync for Shared {}
-
-/// Cuts the `width` columns of `out` (`[..][width]`) into `parts` ranges of whole `unit`s, gives worker `i` the
-/// `i`-th together with an equal share of `scratch`, and runs `job` on each. At most `usize::BITS` parts are made.
-#[allow(clippy::type_complexity)]
-pub(crate) fn split_columns(
-    exec: &Exec<'_>,
-    parts: usize,
-    out: &mut [f32],
-    width: usize,
-    unit: usize,
-    scratch: &mut [f32],
-    job: &(dyn Fn(Range<usize>, &mut Columns<'_>, &mut [f32]) + Sync),
-) {
-    assert!(width > 0 && unit > 0 && out.len().is_multiple_of(width), "out is [rows][width]");
-    let rows = out.len() / width;
-    let units = width.div_ceil(unit);
-    let parts = parts.min(exec.workers.count()).min(usize::BITS as usize).max(1);
-    let share = scratch.len() / parts;
-    let (base, shared) = (Shared(out.as_mut_ptr()), Shared(scratch.as_mut_ptr()));
-    // One bit per part, set when it is handed out: `Workers` is a safe trait, so an implementation that runs an
-    // index twice must not get the same part twice.
-    let taken = AtomicUsize::new(0);
-    let run = |part: usize| {
-        if part >= parts || taken.fetch_or(1 << part, Ordering::Relaxed) & 1 << part != 0 {
-            return;
-        }
-        let range = part * units / parts * unit..((part + 1) * units / parts * unit).min(width);
-        if range.is_empty() {
-            return;
-        }
-        let mut columns = Columns { base: base.get(), width, rows, range: range.clone(), _out: PhantomData };
-        // SAFETY: `part < parts` and `share * parts <= scratch.len()`, so the share lies inside `scratch`; the bit in
-        // `taken` makes this the only slice of it, and `scratch` is borrowed until all workers have returned.
-        let scratch = unsafe { core::slice::from_raw_parts_mut(shared.get().add(part * share), share) };
-        job(range, &mut columns, scratch);
-    };
-    if parts == 1 {
-        run(0);
-    } else {
-        exec.workers.run(&run);
+/// Runs `job` for every part, on as many workers. There are no more parts than workers.
+pub(crate) fn run_parts(exec: &Exec<'_>, parts: usize, job: &(dyn Fn(usize) + Sync)) {
+    match parts {
+        1 => job(0),
+        _ => exec.workers.run(job),
     }
 }

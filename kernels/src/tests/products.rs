@@ -1,9 +1,10 @@
 //! Matrix products of every encoding against integers and the fixed float order.
 
-use super::{Rng, assert_same, executions, nmse};
+use super::{Rng, assert_same, executions, fastest, nmse};
 use crate::activations::{Input, quantise};
 use crate::exec::{Backend, Exec, Serial};
-use crate::matmul::{matmul, row_to_f32};
+use crate::matmul::{matmul, matmul_add, matmul_all, matmul_gated, row_to_f32};
+use crate::ops;
 use crate::pack::{f16, pack_row_block, unpack_row};
 use crate::weights::*;
 use proptest::prelude::*;
@@ -484,4 +485,71 @@ fn an_input_of_other_bits_is_refused() {
     let mut scratch = vec![0; spec.bytes(32, 1)];
     let acts = quantise(&exec, spec, &[1.0; 32], 1, 32, &mut scratch);
     matmul(&exec, &case.matrix(1), Input::Quant(acts), 1, &mut [0.0; 32]);
+}
+
+/// What runs in one round of the workers gives the bits of the same steps one after another.
+#[test]
+fn fused_products_give_the_bits_of_their_steps() {
+    let mut rng = Rng::new(31);
+    let one = fastest();
+    let quant = |fields| Quant { fields: Fields::new(fields).unwrap(), group: Group::G32, affine: false, zero_x2: 15 };
+    for (rows, cols, tokens) in [(7, 40, 1), (200, 288, 1), (200, 288, 3), (96, 352, 13), (0, 32, 2), (33, 0, 2)] {
+        let cases = [[4, 0, 0, 0], [2, 2, 0, 0], [4, 0, 0, 0]].map(|f| Case::new(&mut rng, quant(f), rows, cols));
+        let shape = MatrixShape { rows: rows as u32, cols: cols as u32, encoding: Encoding::F32 };
+        let floats = [1.0, 0.5, 0.25].map(|scale| {
+            let mut bytes = Vec::new();
+            (0..rows * cols).for_each(|_| bytes.extend((scale * rng.normal()).to_le_bytes()));
+            bytes.resize(shape.bytes() as usize, 0);
+            bytes
+        });
+        let x = rng.normals(tokens * cols);
+        let biases = [rng.normals(rows), rng.normals(rows)];
+        let start = rng.normals(tokens * rows);
+        let spec = cases[0].shape.act_spec().unwrap();
+        for quantised in [true, false] {
+            let matrices: Vec<MatrixRef<'_>> = (0..3)
+                .map(|i| match quantised {
+                    true => MatrixRef::from_contiguous(cases[i].shape, &cases[i].bytes).unwrap(),
+                    false => MatrixRef::from_contiguous(shape, &floats[i]).unwrap(),
+                })
+                .collect();
+            let [gate, up, third] = [matrices[0], matrices[1], matrices[2]];
+            let mut scratch = vec![0; spec.bytes(cols, tokens)];
+            let input = match quantised {
+                true => Input::Quant(quantise(&one, spec, &x, tokens, cols, &mut scratch)),
+                false => Input::F32(&x),
+            };
+            let want: Vec<Vec<f32>> = [gate, up, third]
+                .iter()
+                .map(|w| {
+                    let mut out = vec![f32::NAN; tokens * rows];
+                    matmul(&one, w, input, tokens, &mut out);
+                    out
+                })
+                .collect();
+            let mut gated = want[..2].to_vec();
+            for (out, bias) in gated.iter_mut().zip(&biases) {
+                out.chunks_mut(rows.max(1)).for_each(|row| ops::add(&one, row, bias));
+            }
+            let [silu, with_bias] = &mut gated[..] else { unreachable!() };
+            ops::silu_mul(&one, silu, with_bias);
+            let mut sum = start.clone();
+            ops::add(&one, &mut sum, &want[2]);
+            executions(|exec| {
+                let mut out = [(); 4].map(|()| vec![f32::NAN; tokens * rows]);
+                let [a, b, c, d] = &mut out;
+                matmul_all(exec, input, tokens, &mut [(gate, a), (up, b), (third, c), (gate, d)]);
+                for (out, want) in out.iter().zip([&want[0], &want[1], &want[2], &want[0]]) {
+                    assert_same(out, want, (exec, rows, cols, tokens));
+                }
+                let [a, b, c, d] = &mut out;
+                let both = [Some(&biases[0][..]), Some(&biases[1][..])];
+                matmul_gated(exec, [gate, up], both, input, tokens, [a, b]);
+                assert_same(a, silu, (exec, "gated", rows, cols, tokens));
+                c.copy_from_slice(&start);
+                matmul_add(exec, &third, input, tokens, d, c);
+                assert_same(c, &sum, (exec, "added", rows, cols, tokens));
+            });
+        }
+    }
 }

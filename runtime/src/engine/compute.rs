@@ -1,9 +1,9 @@
 //! What the engine computes at each step: the decoder's operators over a batch of tokens.
 
-use forebay_kernels::activations::{Acts, Input, quantise};
+use forebay_kernels::activations::{Input, quantise};
 use forebay_kernels::attention::{attention, kv_store};
 use forebay_kernels::exec::Exec;
-use forebay_kernels::matmul::{matmul, row_to_f32};
+use forebay_kernels::matmul::{matmul, matmul_add, matmul_all, matmul_gated, row_to_f32};
 use forebay_kernels::ops;
 use forebay_kernels::weights::{MatrixRef, MatrixShape};
 use zerocopy::FromBytes;
@@ -51,27 +51,28 @@ impl<'a> Tensors<'a> {
     }
 }
 
-/// Products of the same input with several matrices; the input is quantised once for each way they want it.
+/// `x` as a matrix of this shape wants it.
+fn input<'x>(exec: &Exec<'_>, shape: MatrixShape, x: &'x [f32], tokens: usize, scratch: &'x mut [u8]) -> Input<'x> {
+    match shape.act_spec() {
+        None => Input::F32(x),
+        Some(spec) => Input::Quant(quantise(exec, spec, x, tokens, shape.cols as usize, scratch)),
+    }
+}
+
+/// Products of the same input with several matrices; matrices that follow one another and want it alike share it.
 pub(super) fn project(
     exec: &Exec<'_>,
     x: &[f32],
     tokens: usize,
     scratch: &mut [u8],
-    products: &mut [(MatrixRef<'_>, &mut [f32])],
+    mut products: &mut [(MatrixRef<'_>, &mut [f32])],
 ) {
-    let mut acts: Option<Acts<'_>> = None;
-    for (matrix, out) in products {
-        let shape = matrix.shape();
-        let input = match (shape.act_spec(), acts) {
-            (None, _) => Input::F32(x),
-            (Some(spec), Some(ready)) if ready.spec() == spec => Input::Quant(ready),
-            (Some(spec), _) => {
-                let ready = quantise(exec, spec, x, tokens, shape.cols as usize, &mut *scratch);
-                acts = Some(ready);
-                Input::Quant(ready)
-            }
-        };
-        matmul(exec, matrix, input, tokens, out);
+    while let Some((first, _)) = products.first() {
+        let shape = first.shape();
+        let alike = products.iter().take_while(|(w, _)| w.shape().act_spec() == shape.act_spec()).count();
+        let (group, rest) = products.split_at_mut(alike);
+        matmul_all(exec, input(exec, shape, x, tokens, scratch), tokens, group);
+        products = rest;
     }
 }
 
@@ -318,15 +319,27 @@ impl<'a> Engine<'a> {
             &b.gathered[..tokens * hidden]
         };
         let (gate, up) = (&mut b.gate[..tokens * width], &mut b.up[..tokens * width]);
-        project(exec, input, tokens, b.acts, &mut [(view.gate, &mut *gate), (view.up, &mut *up)]);
         let neurons = usize::from(unit) * width..(usize::from(unit) + 1) * width;
-        add_bias(exec, gate, tensors.optional(Role::GateBias).map(|bias| &bias[neurons.clone()]));
-        add_bias(exec, up, tensors.optional(Role::UpBias).map(|bias| &bias[neurons]));
-        ops::silu_mul(exec, gate, up);
+        let biases = [Role::GateBias, Role::UpBias].map(|role| Some(&tensors.optional(role)?[neurons.clone()]));
+        let shapes = [view.gate.shape(), view.up.shape()];
+        if shapes[0].act_spec() == shapes[1].act_spec() {
+            let x = self::input(exec, shapes[0], input, tokens, b.acts);
+            matmul_gated(exec, [view.gate, view.up], biases, x, tokens, [&mut *gate, up]);
+        } else {
+            project(exec, input, tokens, b.acts, &mut [(view.gate, &mut *gate), (view.up, &mut *up)]);
+            add_bias(exec, gate, biases[0]);
+            add_bias(exec, up, biases[1]);
+            ops::silu_mul(exec, gate, up);
+        }
+        let x = self::input(exec, view.down.shape(), gate, tokens, b.unit_acts);
         let out = &mut b.gathered[..tokens * hidden];
-        project(exec, gate, tokens, b.unit_acts, &mut [(view.down, &mut *out)]);
+        if shape.router == Router::All && tokens == n {
+            matmul_add(exec, &view.down, x, n, out, &mut b.output[..n * hidden]);
+            self.computed = Some((unit, tokens));
+            return Ok(());
+        }
+        matmul(exec, &view.down, x, tokens, out);
         match shape.router {
-            Router::All if tokens == n => ops::add(exec, &mut b.output[..n * hidden], out),
             Router::All => {
                 for (token, row) in (0..n).filter(kept).zip(out.chunks_exact(hidden)) {
                     ops::add(exec, &mut b.output[token * hidden..][..hidden], row);
