@@ -275,7 +275,8 @@ impl Shape {
         Ok(list)
     }
 
-    /// The metadata of a GGUF file of this shape: parameters, and a byte-level vocabulary whose other ids are padding.
+    /// The metadata of a GGUF file of this shape: parameters, and a byte-level vocabulary whose other tokens are a space
+    /// and their id, so that what a model says can be seen, and counted.
     pub(super) fn metadata(&self, name: &str, file_type: i128) -> Vec<(String, Value)> {
         let mut list = vec![
             ("general.architecture".to_owned(), Value::Text(self.architecture.into())),
@@ -316,7 +317,7 @@ impl Shape {
         if self.attention.is_some() {
             own("shortconv.l_cache", int(self.taps));
         }
-        let (normal, control, unused) = (1, 3, 5);
+        let (normal, control) = (1, 3);
         let mut tokens: Vec<String> = byte_alphabet().iter().map(|c| c.to_string()).collect();
         let mut types = vec![normal; tokens.len()];
         // A byte-level vocabulary has merges.
@@ -326,8 +327,9 @@ impl Shape {
         let end = tokens.len();
         tokens.push("<|endoftext|>".into());
         types.push(control);
-        tokens.extend((tokens.len()..self.vocab as usize).map(|id| format!("<|unused_{id}|>")));
-        types.resize(tokens.len(), unused);
+        // U+0120 is the alphabet's space.
+        tokens.extend((tokens.len()..self.vocab as usize).map(|id| format!("\u{120}{id}")));
+        types.resize(tokens.len(), normal);
         let mut add = |key: &str, value| list.push((format!("tokenizer.ggml.{key}"), value));
         add("model", Value::Text("gpt2".into()));
         add("pre", Value::Text("gpt-2".into()));
