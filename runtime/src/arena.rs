@@ -1,5 +1,6 @@
 //! The one piece of memory that everything lives in.
 
+use core::cell::Cell;
 use core::mem::MaybeUninit;
 
 use bump_into::BumpInto;
@@ -34,6 +35,8 @@ pub struct OutOfArena {
 /// Pieces are zeroed when they are handed out, so a page fault or a bad bank shows then and not during decoding.
 /// Taking all [`PAGE`] pieces before the others keeps the sum exact: no byte is lost to alignment.
 pub struct Arena<'a> {
+    /// Zeros that [`Self::pages`] takes first, as they are.
+    zeros: Cell<&'a mut [u8]>,
     bump: BumpInto<'a>,
     len: usize,
 }
@@ -43,7 +46,19 @@ impl<'a> Arena<'a> {
     pub fn new(memory: &'a mut [MaybeUninit<u8>]) -> Self {
         let start = memory.as_ptr().align_offset(PAGE).min(memory.len());
         let len = (memory.len() - start) / PAGE * PAGE;
-        Self { bump: BumpInto::from_slice(&mut memory[start..start + len]), len }
+        Self { zeros: Cell::default(), bump: BumpInto::from_slice(&mut memory[start..start + len]), len }
+    }
+
+    /// An arena of which `zeros` is one part, for pieces that devices fill, and `memory` the other. Where a system gives
+    /// a zeroed page when it is first written to, such pieces cost nothing until something is read into them, and then
+    /// it is the read that waits for the page, while others are under way: a large pool does not delay the first token.
+    ///
+    /// Of `zeros` whole pages are used too.
+    pub fn with_zeros(zeros: &'a mut [u8], memory: &'a mut [MaybeUninit<u8>]) -> Self {
+        let start = zeros.as_ptr().align_offset(PAGE).min(zeros.len());
+        let len = (zeros.len() - start) / PAGE * PAGE;
+        let rest = Self::new(memory);
+        Self { zeros: Cell::new(&mut zeros[start..start + len]), len: len + rest.len, ..rest }
     }
 
     /// Bytes of the whole arena, a multiple of [`PAGE`].
@@ -58,7 +73,10 @@ impl<'a> Arena<'a> {
 
     /// Bytes not yet handed out.
     pub fn left(&self) -> usize {
-        self.bump.available_bytes()
+        let zeros = self.zeros.take();
+        let len = zeros.len();
+        self.zeros.set(zeros);
+        len + self.bump.available_bytes()
     }
 
     fn out_of(&self, need: usize) -> OutOfArena {
@@ -68,6 +86,13 @@ impl<'a> Arena<'a> {
     /// `bytes` (rounded up to [`PAGE`]), aligned to [`PAGE`].
     pub fn pages(&self, bytes: usize) -> Result<&'a mut [u8], OutOfArena> {
         let count = bytes.div_ceil(PAGE);
+        let zeros = self.zeros.take();
+        if count <= zeros.len() / PAGE {
+            let (pages, rest) = zeros.split_at_mut(count * PAGE);
+            self.zeros.set(rest);
+            return Ok(pages);
+        }
+        self.zeros.set(zeros);
         let pages = self.bump.alloc_n_with(count, core::iter::repeat_with(Page::new_zeroed));
         pages.map(IntoBytes::as_mut_bytes).map_err(|_| self.out_of(bytes))
     }
@@ -100,4 +125,26 @@ impl<'a> Arena<'a> {
 /// Bytes that [`Arena::table`] takes for `count` values of `T`.
 pub const fn table_bytes<T>(count: usize) -> u64 {
     (count * size_of::<T>()).next_multiple_of(LINE) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_come_from_the_zeros_first() {
+        let (mut zeros, mut memory) = ([0u8; 5 * PAGE], [MaybeUninit::new(7u8); 4 * PAGE]);
+        let arena = Arena::with_zeros(&mut zeros, &mut memory);
+        // Wherever the two begin, whole pages are left.
+        let (len, whole) = (arena.len(), 7 * PAGE..=9 * PAGE);
+        assert!(whole.contains(&len) && len.is_multiple_of(PAGE) && arena.left() == len);
+        let mut taken = 0;
+        while let Ok(page) = arena.pages(PAGE - 1) {
+            assert!(page.len() == PAGE && page.as_ptr().align_offset(PAGE) == 0 && page.iter().all(|b| *b == 0));
+            taken += PAGE;
+            assert_eq!(arena.left(), len - taken);
+        }
+        assert_eq!(taken, len);
+        assert_eq!(arena.pages(1), Err(OutOfArena { need: 1, left: 0 }));
+    }
 }

@@ -231,6 +231,8 @@ pub struct Plan {
     pub pool: u64,
     /// Pieces that the pool holds.
     pub slots: usize,
+    /// Pieces that there are.
+    pub all_pieces: usize,
     /// Bytes of a slot: the largest piece.
     pub slot_len: u64,
     /// Pieces of a unit: 1, or as many as it has levels where the policy makes use of single ones.
@@ -320,12 +322,18 @@ impl Plan {
             bookkeeping: fixed_tables + table_bytes::<Slot<'_>>(slots) + table_bytes::<Entry>(slots),
             pool: slots as u64 * slot_len,
             slots,
+            all_pieces: all,
             slot_len,
             pieces,
             batch,
             least,
             work,
         })
+    }
+
+    /// Whether every unit fits the pool, so that each is read once.
+    pub fn holds_all_units(&self) -> bool {
+        self.slots >= self.all_pieces
     }
 
     /// Bytes of the arena that are used.

@@ -5,7 +5,6 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Read};
-use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -31,6 +30,7 @@ use forebay_runtime::sample::{Candidate, PENALTY_WINDOW, Sampler};
 use forebay_runtime::tokenizer::{EncodeOptions, Tokenizer, TokenizerError};
 use forebay_storage::FileStore;
 use forebay_storage::image::{MAGIC, SUPERBLOCK_SLOT, SectionKind, Superblock};
+use zerocopy::FromZeros;
 
 use crate::host::size::{Size, bytes_text};
 use crate::host::store::{HostStore, StoreOptions};
@@ -99,10 +99,11 @@ impl ImageFile {
 
     /// Opens the image in memory of its own and hands it to `look`.
     pub fn probe<T>(&self, look: impl FnOnce(&Image<'_>, Option<Tokenizer<'_>>) -> Result<T>) -> Result<T> {
-        let mut memory = Memory::new(self.tables_len())?;
-        let memory = memory.pages();
+        let len = self.tables_len();
+        let mut memory = Memory::new(len, len)?;
+        let memory = &mut memory;
         std::thread::scope(|scope| {
-            let arena = Arena::new(memory);
+            let arena = memory.arena();
             let mut store = FileStore::open_cached_in(scope, &self.path, 1)
                 .with_context(|| format!("opening {}", self.path.display()))?;
             let image = self.tables(&mut store, &arena, true)?;
@@ -129,29 +130,39 @@ impl ImageFile {
 
 /// Memory for an arena.
 struct Memory {
+    /// For what is read from the image.
+    zeros: Box<[u8]>,
+    /// For all else.
     bytes: Vec<u8>,
-    len: usize,
+    /// Bytes of the two parts.
+    filled: usize,
+    rest: usize,
 }
 
 impl Memory {
-    /// Room for `len` bytes from a page border on. The system gives the pages when they are first written to.
-    fn new(len: u64) -> Result<Self> {
+    /// Room for `len` bytes, of which `filled` are for what is read from the image and may be given by the system page
+    /// by page while reads are under way. If that is 0, all of it is given at once, in large pages where there are some:
+    /// they are faster to compute with, but to touch one first can take longer than reading it.
+    fn new(len: u64, filled: u64) -> Result<Self> {
+        let refused = || format!("the system does not give {} of memory; give a smaller --ram", bytes_text(len));
+        let size = |len: u64| usize::try_from(len).ok().filter(|len| len.checked_add(PAGE).is_some());
+        let (filled, rest) = size(filled).zip(size(len.saturating_sub(filled))).with_context(refused)?;
+        let zeros = <[u8]>::new_box_zeroed_with_elems(filled + PAGE).ok().with_context(refused)?;
         let mut bytes = Vec::new();
-        let usize_len = usize::try_from(len).ok().filter(|len| len.checked_add(PAGE).is_some());
-        let reserved = usize_len.and_then(|len| bytes.try_reserve_exact(len + PAGE).ok());
-        let (Some(len), Some(())) = (usize_len, reserved) else {
-            bail!("the system does not give {} of memory; give a smaller --ram", bytes_text(len));
-        };
-        Ok(Self { bytes, len })
+        bytes.try_reserve_exact(rest + PAGE).with_context(refused)?;
+        Ok(Self { zeros, bytes, filled, rest })
     }
 
-    /// Exactly the bytes asked for, beginning at a page border.
-    fn pages(&mut self) -> &mut [MaybeUninit<u8>] {
+    /// Exactly the bytes asked for, in whole pages.
+    fn arena(&mut self) -> Arena<'_> {
+        let zeros = self.zeros.as_ptr().align_offset(PAGE).min(PAGE);
         let spare = self.bytes.spare_capacity_mut();
         let start = spare.as_ptr().align_offset(PAGE).min(spare.len());
-        let end = (start + self.len).min(spare.len());
-        prefer_huge(&mut spare[start..end]);
-        &mut spare[start..end]
+        let end = (start + self.rest).min(spare.len());
+        if self.filled == 0 {
+            prefer_huge(&mut spare[start..end]);
+        }
+        Arena::with_zeros(&mut self.zeros[zeros..zeros + self.filled], &mut spare[start..end])
     }
 }
 
@@ -519,10 +530,13 @@ impl Session<'_, '_> {
 pub fn run<T>(file: &ImageFile, setup: Setup, body: impl FnOnce(&mut Session<'_, '_>) -> Result<T>) -> Result<T> {
     let started = Instant::now();
     let bytes = setup.store.load(&file.path)?;
-    let mut memory = Memory::new(setup.plan.limits.arena)?;
-    let memory = memory.pages();
+    let plan = &setup.plan;
+    // What is read once and stays wants large pages, what is streamed an early first token.
+    let filled = if plan.holds_all_units() { 0 } else { plan.tables + plan.resident + plan.pool };
+    let mut memory = Memory::new(plan.limits.arena, filled)?;
+    let memory = &mut memory;
     std::thread::scope(|scope| {
-        let arena = Arena::new(memory);
+        let arena = memory.arena();
         let mut store = HostStore::open_in(scope, file, &setup.store, bytes.as_deref())?;
         let image = file.tables(&mut store, &arena, setup.with_tokenizer)?;
         let tokenizer = file.tokenizer(&image)?;
