@@ -105,6 +105,7 @@ impl<'a> Acts<'a> {
     pub(crate) fn fits(&self, spec: ActSpec) -> bool {
         self.spec.group == spec.group && self.spec.bits == spec.bits && (self.spec.tables || !spec.tables)
     }
+    #[inline(always)]
     pub(crate) fn token(&self, token: usize) -> TokenActs<'a> {
         let layout = &self.layout;
         let data = &self.data[token * layout.stride..(token + 1) * layout.stride];
@@ -152,6 +153,11 @@ impl TokenActs<'_> {
     #[inline(always)]
     pub fn sums(&self) -> &[[u8; 4]] {
         self.sums.as_chunks().0
+    }
+    /// The sums of all groups' negative codes, as bytes; none without tables.
+    #[inline(always)]
+    pub fn lows(&self) -> &[[u8; 4]] {
+        self.lows.as_chunks().0
     }
     /// Sum of a group's codes.
     #[inline(always)]

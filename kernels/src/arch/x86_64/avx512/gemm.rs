@@ -5,14 +5,15 @@
 use super::{broadcast, halves, indices, load, rows_to_lanes};
 use crate::activations::{Acts, TokenActs};
 use crate::reference::quant::QuantBlock;
-use crate::weights::ROW_BLOCK;
+use crate::weights::{MAX_FIELDS, ROW_BLOCK};
 use core::arch::x86_64::*;
 use core::mem::MaybeUninit;
 
 /// Most K decoded at a time: 20 KiB, which a first-level cache holds beside the activations of a tile.
 const K_PIECE: usize = 640;
-/// Most groups in a piece.
+/// Most groups in a piece, and whole vectors of them.
 const GROUPS: usize = K_PIECE / 32;
+const PADDED: usize = GROUPS.next_multiple_of(16);
 /// Tokens whose sums are kept while K is walked through: 8 KiB.
 const TOKENS: usize = 64;
 /// Most tokens that are multiplied together.
@@ -51,39 +52,110 @@ const UNSIGNED: u8 = 0;
 const SIGNED: u8 = 1;
 const LOOK_UP: u8 = 2;
 
-/// What the groups of a piece need to know about a token.
-#[derive(Clone, Copy)]
-struct Token {
+/// What the groups of a piece need to know about `T` tokens.
+#[repr(align(64))]
+struct Tokens<const T: usize> {
     /// Codes or, for look-ups, tables.
-    acts: *const u8,
+    acts: [*const u8; T],
     /// Half of the scales.
-    halves: [f32; GROUPS],
-    /// Scale times sum of the codes.
-    products: [f32; GROUPS],
+    halves: MaybeUninit<[[f32; PADDED]; T]>,
+    /// Scale times sum of the codes, if affine.
+    products: MaybeUninit<[[f32; PADDED]; T]>,
     /// What sums start from.
-    seeds: [i32; GROUPS],
-    /// What is added to doubled sums.
-    offsets: [i32; GROUPS],
+    seeds: MaybeUninit<[[i32; PADDED]; T]>,
+    /// What is added to doubled sums of signed codes.
+    offsets: MaybeUninit<[[i32; PADDED]; T]>,
 }
 
-impl Token {
-    #[inline(always)]
-    fn fill<const KIND: u8>(&mut self, acts: &TokenActs<'_>, first: usize, piece: &Piece) {
+impl<const T: usize> Tokens<T> {
+    /// Prepares token `t` for the piece whose first group is `first`.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn fill<const KIND: u8>(&mut self, t: usize, acts: &TokenActs<'_>, first: usize, piece: &Piece) {
         let range = first..first + piece.groups;
         let (from, to) = (range.start * piece.len, range.end * piece.len);
-        self.acts = if KIND == LOOK_UP { &acts.tables[4 * from..4 * to] } else { &acts.codes[from..to] }.as_ptr();
-        let (scales, sums) = (&acts.scales()[range.clone()], &acts.sums()[range]);
-        assert!(piece.groups <= GROUPS && scales.len() == piece.groups && sums.len() == piece.groups);
-        for i in 0..piece.groups {
-            let (scale, sum) = (f32::from_ne_bytes(scales[i]), i32::from_ne_bytes(sums[i]));
-            self.halves[i] = 0.5 * scale;
-            self.products[i] = scale * sum as f32;
-            self.seeds[i] = piece.seed * sum;
-            self.offsets[i] = piece.offset * sum;
+        self.acts[t] = if KIND == LOOK_UP { &acts.tables[4 * from..4 * to] } else { &acts.codes[from..to] }.as_ptr();
+        let (scales, sums) = (&acts.scales()[range.clone()], &acts.sums()[range.clone()]);
+        let lows: &[[u8; 4]] = if KIND == LOOK_UP { &acts.lows()[range] } else { &[] };
+        assert!(t < T && piece.groups <= GROUPS);
+        let (seed, offset, entry) =
+            (_mm512_set1_epi32(piece.seed), _mm512_set1_epi32(piece.offset), _mm512_set1_epi32(piece.entry));
+        for at in (0..piece.groups).step_by(16) {
+            let mask = (0xffff_u32 >> (16 - (piece.groups - at).min(16))) as u16;
+            // SAFETY: the mask ends with the last of the groups, of which there are as many scales, sums and (for
+            // look-ups) sums of the negative ones; row `t` of the outputs has room for 16 from `at` on.
+            unsafe {
+                let scale = _mm512_maskz_loadu_ps(mask, scales.as_ptr().add(at).cast());
+                let sum = _mm512_maskz_loadu_epi32(mask, sums.as_ptr().add(at).cast());
+                let place = t * PADDED + at;
+                let half = _mm512_mul_ps(scale, _mm512_set1_ps(0.5));
+                _mm512_store_ps(self.halves.as_mut_ptr().cast::<f32>().add(place), half);
+                if piece.affine {
+                    let product = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum));
+                    _mm512_store_ps(self.products.as_mut_ptr().cast::<f32>().add(place), product);
+                }
+                let mut seeds = _mm512_mullo_epi32(sum, seed);
+                if KIND == LOOK_UP {
+                    let low = _mm512_maskz_loadu_epi32(mask, lows.as_ptr().add(at).cast());
+                    seeds = _mm512_add_epi32(seeds, _mm512_mullo_epi32(low, entry));
+                }
+                _mm512_store_epi32(self.seeds.as_mut_ptr().cast::<i32>().add(place), seeds);
+                if KIND == SIGNED {
+                    let offsets = _mm512_mullo_epi32(sum, offset);
+                    _mm512_store_epi32(self.offsets.as_mut_ptr().cast::<i32>().add(place), offsets);
+                }
+            }
         }
-        if KIND == LOOK_UP {
-            for i in 0..piece.groups {
-                self.seeds[i] += piece.entry * acts.low(first + i);
+    }
+}
+
+/// A number of a token's group in every lane.
+///
+/// # Safety
+/// `numbers` of token `t` have been prepared for `group`, and both are in range.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn number<const T: usize>(numbers: &MaybeUninit<[[f32; PADDED]; T]>, t: usize, group: usize) -> __m512 {
+    // SAFETY: the caller's promise.
+    _mm512_set1_ps(unsafe { numbers.as_ptr().cast::<f32>().add(t * PADDED + group).read() })
+}
+
+/// The same for integers.
+///
+/// # Safety
+/// As for [`number`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn integer<const T: usize>(numbers: &MaybeUninit<[[i32; PADDED]; T]>, t: usize, group: usize) -> __m512i {
+    // SAFETY: the caller's promise.
+    _mm512_set1_epi32(unsafe { numbers.as_ptr().cast::<i32>().add(t * PADDED + group).read() })
+}
+
+/// The regions of the next piece, of which the caches shall have a group's part for every group of this one.
+struct Ahead {
+    /// Where the scales and the fields of the next piece begin, and bytes of a group.
+    regions: [(*const u8, usize); 1 + MAX_FIELDS],
+    count: usize,
+}
+
+impl Ahead {
+    fn new(block: &QuantBlock<'_>, next: usize) -> Self {
+        let mut ahead = Self { regions: [(core::ptr::null(), 0); 1 + MAX_FIELDS], count: 1 + block.levels };
+        let bytes = 2 * ROW_BLOCK * if block.quant.affine { 2 } else { 1 };
+        // After the last piece of a row block comes the first one of the next.
+        ahead.regions[0] = (block.scales.as_ptr().wrapping_add(next * bytes), bytes);
+        for level in 0..block.levels {
+            let bytes = block.quant.group.len() * ROW_BLOCK * usize::from(block.field(level).0) / 8;
+            ahead.regions[1 + level] = (block.fields[level].as_ptr().wrapping_add(next * bytes), bytes);
+        }
+        ahead
+    }
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn prefetch(&self, group: usize) {
+        for (region, bytes) in &self.regions[..self.count] {
+            for at in (0..*bytes).step_by(64) {
+                _mm_prefetch::<_MM_HINT_T1>(region.wrapping_add(group * bytes + at).cast());
             }
         }
     }
@@ -117,19 +189,21 @@ fn pieces<const KIND: u8>(block: &QuantBlock<'_>, acts: &Acts<'_>, put: &mut dyn
             let (codes, scales) = (scratch.codes.as_ptr().cast(), scratch.scales.as_ptr().cast());
             let affine = block.quant.affine;
             let piece = Piece { codes, scales, len, groups, affine, seed, offset, entry: double };
+            let ahead = Ahead::new(block, first + groups);
             for (i, totals) in totals[..tokens].chunks_mut(TILE).enumerate() {
                 let at = first_token + i * TILE;
+                let ahead = if i == 0 { Some(&ahead) } else { None };
                 // SAFETY: the piece's codes and scales have just been written.
                 unsafe {
                     match totals.len() {
-                        1 => tile::<KIND, 1>(&piece, acts, at, first, totals),
-                        2 => tile::<KIND, 2>(&piece, acts, at, first, totals),
-                        3 => tile::<KIND, 3>(&piece, acts, at, first, totals),
-                        4 => tile::<KIND, 4>(&piece, acts, at, first, totals),
-                        5 => tile::<KIND, 5>(&piece, acts, at, first, totals),
-                        6 => tile::<KIND, 6>(&piece, acts, at, first, totals),
-                        7 => tile::<KIND, 7>(&piece, acts, at, first, totals),
-                        _ => tile::<KIND, TILE>(&piece, acts, at, first, totals),
+                        1 => tile::<KIND, 1>(&piece, ahead, acts, at, first, totals),
+                        2 => tile::<KIND, 2>(&piece, ahead, acts, at, first, totals),
+                        3 => tile::<KIND, 3>(&piece, ahead, acts, at, first, totals),
+                        4 => tile::<KIND, 4>(&piece, ahead, acts, at, first, totals),
+                        5 => tile::<KIND, 5>(&piece, ahead, acts, at, first, totals),
+                        6 => tile::<KIND, 6>(&piece, ahead, acts, at, first, totals),
+                        7 => tile::<KIND, 7>(&piece, ahead, acts, at, first, totals),
+                        _ => tile::<KIND, TILE>(&piece, ahead, acts, at, first, totals),
                     }
                 }
             }
@@ -268,33 +342,37 @@ type Sums<const T: usize> = [[__m512i; 2]; T];
 #[target_feature(enable = "avx512vnni,avx512vbmi")]
 unsafe fn tile<const KIND: u8, const T: usize>(
     piece: &Piece,
+    ahead: Option<&Ahead>,
     acts: &Acts<'_>,
     at: usize,
     first: usize,
     totals: &mut [[f32; ROW_BLOCK]],
 ) {
-    let empty = Token {
-        acts: core::ptr::null(),
-        halves: [0.0; GROUPS],
-        products: [0.0; GROUPS],
-        seeds: [0; GROUPS],
-        offsets: [0; GROUPS],
+    let mut tokens = Tokens {
+        acts: [core::ptr::null(); T],
+        halves: MaybeUninit::uninit(),
+        products: MaybeUninit::uninit(),
+        seeds: MaybeUninit::uninit(),
+        offsets: MaybeUninit::uninit(),
     };
-    let mut tokens = [empty; T];
-    for (t, token) in tokens.iter_mut().enumerate() {
-        token.fill::<KIND>(&acts.token(at + t), first, piece);
+    for t in 0..T {
+        tokens.fill::<KIND>(t, &acts.token(at + t), first, piece);
     }
     assert!(totals.len() == T);
     let per = if piece.affine { 2 * ROW_BLOCK } else { ROW_BLOCK };
     // Bytes of activations and of codes for one K.
     let (act_bytes, code_bytes) = if KIND == LOOK_UP { (4, 8) } else { (1, ROW_BLOCK) };
     for group in 0..piece.groups {
+        if let Some(ahead) = ahead {
+            ahead.prefetch(group);
+        }
         let from = group * piece.len;
         let mut sums: Sums<T> = [[_mm512_setzero_si512(); 2]; T];
         let mut a = [core::ptr::null(); T];
         for t in 0..T {
-            a[t] = tokens[t].acts.wrapping_add(act_bytes * from);
-            sums[t] = [_mm512_set1_epi32(tokens[t].seeds[group]); 2];
+            a[t] = tokens.acts[t].wrapping_add(act_bytes * from);
+            // SAFETY: `fill` has prepared this group of token `t`, here and below.
+            sums[t] = [unsafe { integer(&tokens.seeds, t, group) }; 2];
         }
         let codes = piece.codes.wrapping_add(code_bytes * from);
         // SAFETY: the caller's promise; `fill` has checked that the tokens have as many activations.
@@ -313,9 +391,11 @@ unsafe fn tile<const KIND: u8, const T: usize>(
             for t in 0..T {
                 let mut j = sums[t][v];
                 if KIND == SIGNED {
-                    j = _mm512_add_epi32(_mm512_slli_epi32::<1>(j), _mm512_set1_epi32(tokens[t].offsets[group]));
+                    // SAFETY: as above.
+                    j = _mm512_add_epi32(_mm512_slli_epi32::<1>(j), unsafe { integer(&tokens.offsets, t, group) });
                 }
-                let factor = _mm512_mul_ps(scales, _mm512_set1_ps(tokens[t].halves[group]));
+                // SAFETY: as above.
+                let factor = _mm512_mul_ps(scales, unsafe { number(&tokens.halves, t, group) });
                 let product = _mm512_mul_ps(_mm512_cvtepi32_ps(j), factor);
                 let total = totals[t].as_chunks_mut::<16>().0[v].as_mut_ptr();
                 // SAFETY: 16 elements.
@@ -327,7 +407,8 @@ unsafe fn tile<const KIND: u8, const T: usize>(
                 // SAFETY: as for the scales.
                 let minima = unsafe { _mm512_loadu_ps(stored.add(ROW_BLOCK + 16 * v)) };
                 for t in 0..T {
-                    let product = _mm512_mul_ps(minima, _mm512_set1_ps(tokens[t].products[group]));
+                    // SAFETY: as above.
+                    let product = _mm512_mul_ps(minima, unsafe { number(&tokens.products, t, group) });
                     let total = totals[t].as_chunks_mut::<16>().0[v].as_mut_ptr();
                     // SAFETY: 16 elements.
                     unsafe { _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), product)) };
