@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 use forebay_kernels::activations::{Input, quantise};
 use forebay_kernels::exec::{Backend, Exec, Workers};
 use forebay_kernels::matmul::{matmul, row_to_f32};
+use forebay_kernels::pages::prefer_huge;
 use forebay_kernels::pool::ThreadPool;
 use forebay_kernels::weights::{Encoding, Fields, Group, MatrixRef, MatrixShape, Quant};
 use serde::Serialize;
@@ -92,6 +93,8 @@ struct Row {
 /// Time spent on one measurement, and its rounds at least and at most.
 const BUDGET: Duration = Duration::from_millis(600);
 const ROUNDS: std::ops::RangeInclusive<usize> = 11..=2000;
+/// Most bytes of copies, whatever cache a server says it shares among its guests.
+const MOST_COPIED: usize = 1 << 30;
 /// Rows whose products are checked against binary64.
 const CHECKED_ROWS: usize = 256;
 
@@ -118,15 +121,34 @@ fn noise() -> impl Iterator<Item = u32> {
     })
 }
 
-/// `copies` matrices with random codes and scales of 0.02 to 0.03.
-fn matrices(shape: MatrixShape, copies: usize) -> Vec<u8> {
-    let size = shape.bytes() as usize;
-    let mut bytes: Vec<u8> = noise().flat_map(u32::to_le_bytes).take(size).collect();
-    let (scales, _) = bytes.split_at_mut(shape.scale_bytes() as usize);
-    for (scale, noise) in scales.as_chunks_mut::<2>().0.iter_mut().zip(noise()) {
-        *scale = half::f16::from_f32(0.02 + 0.01 * (noise >> 8) as f32 / (1 << 24) as f32).to_le_bytes();
+/// Copies of a matrix one after another, the first of them at the start of a page.
+struct Copies {
+    bytes: Vec<u8>,
+    start: usize,
+    size: usize,
+}
+
+impl Copies {
+    /// `count` matrices with random codes and scales of 0.02 to 0.03, on large pages where the system has them, as in a
+    /// run's arena.
+    fn new(shape: MatrixShape, count: usize) -> Self {
+        const PAGE: usize = 4096;
+        let size = shape.bytes() as usize;
+        let mut one: Vec<u8> = noise().flat_map(u32::to_le_bytes).take(size).collect();
+        let (scales, _) = one.split_at_mut(shape.scale_bytes() as usize);
+        for (scale, noise) in scales.as_chunks_mut::<2>().0.iter_mut().zip(noise()) {
+            *scale = half::f16::from_f32(0.02 + 0.01 * (noise >> 8) as f32 / (1 << 24) as f32).to_le_bytes();
+        }
+        let mut bytes = Vec::with_capacity(size * count + PAGE);
+        prefer_huge(bytes.spare_capacity_mut());
+        let start = bytes.as_ptr().align_offset(PAGE).min(PAGE);
+        bytes.resize(start, 0);
+        (0..count).for_each(|_| bytes.extend_from_slice(&one));
+        Self { bytes, start, size }
     }
-    bytes.repeat(copies)
+    fn get(&self, copy: usize) -> &[u8] {
+        &self.bytes[self.start + copy * self.size..][..self.size]
+    }
 }
 
 /// Roughly normal numbers.
@@ -176,10 +198,10 @@ fn measure(
     let size = matrix_shape.bytes() as usize;
     let copies = match memory {
         Memory::Hot => 1,
-        Memory::Dram => (4 * largest_cache()).div_ceil(size).max(2),
+        Memory::Dram => (4 * largest_cache()).min(MOST_COPIED).div_ceil(size).max(2),
     };
-    let data = matrices(matrix_shape, copies);
-    let matrix = |copy: usize| MatrixRef::from_contiguous(matrix_shape, &data[copy * size..(copy + 1) * size]);
+    let data = Copies::new(matrix_shape, copies);
+    let matrix = |copy: usize| MatrixRef::from_contiguous(matrix_shape, data.get(copy));
     let exec = Exec { backend, workers: pool };
     let (rows, cols) = (rows as usize, cols as usize);
     let x = activations(tokens * cols);
@@ -197,7 +219,7 @@ fn measure(
         Ok(start_time.elapsed())
     };
     let read = |copy: usize| {
-        let (data, n) = (&data[copy * size..(copy + 1) * size], pool.count());
+        let (data, n) = (data.get(copy), pool.count());
         let start_time = Instant::now();
         pool.run(&|i| {
             black_box(backend.read_only(&data[i * size / n..(i + 1) * size / n]));

@@ -1,5 +1,6 @@
 //! Float operators.
 
+use super::{AHEAD, loads};
 use crate::arch::Float;
 use crate::reference::{float, math};
 use core::arch::x86_64::*;
@@ -50,7 +51,24 @@ pub(super) fn store_f16(x: &[f32], out: &mut [u8]) {
 }
 #[target_feature(enable = "avx2")]
 pub(super) fn read_only(bytes: &[u8]) -> u64 {
-    crate::arch::read_only(bytes)
+    let (lines, rest) = bytes.as_chunks::<128>();
+    let mut parities = [_mm256_setzero_si256(); 4];
+    for line in lines {
+        // SAFETY: `line` has four times 32 bytes.
+        let vectors: [__m256i; 4] = unsafe { loads(line.as_ptr()) };
+        for at in [AHEAD, AHEAD + 64] {
+            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(at).cast());
+        }
+        for (parity, vector) in parities.iter_mut().zip(vectors) {
+            *parity = _mm256_xor_si256(*parity, vector);
+        }
+    }
+    let [a, b, c, d] = parities;
+    let both = _mm256_xor_si256(_mm256_xor_si256(a, b), _mm256_xor_si256(c, d));
+    let mut words = [0u64; 4];
+    // SAFETY: 32 bytes.
+    unsafe { _mm256_storeu_si256(words.as_mut_ptr().cast(), both) };
+    words.iter().fold(crate::arch::read_only(rest), |parity, word| parity ^ word)
 }
 
 /// Loads 8 elements of a stored format.

@@ -1,6 +1,6 @@
 //! The product of a row block with up to three tokens, straight from the fields.
 
-use super::{broadcast, load, loads};
+use super::{AHEAD, broadcast, load, loads};
 use crate::activations::{Acts, TokenActs};
 use crate::reference::quant::{self, QuantBlock};
 use crate::weights::ROW_BLOCK;
@@ -35,10 +35,6 @@ pub(super) fn quant_tile(block: &QuantBlock<'_>, acts: &Acts<'_>, first: usize, 
 const ANY: u8 = 0;
 /// Two fields of 2 bits.
 const PAIR: u8 = 22;
-
-/// Bytes ahead that a token alone asks for: its weights come from memory, and the processor's own prefetching ends at
-/// the end of a page.
-const AHEAD: usize = 2048;
 
 /// Asks for the 128 bytes that are [`AHEAD`] of `p`.
 #[inline]

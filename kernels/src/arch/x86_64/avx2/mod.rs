@@ -102,6 +102,10 @@ impl Kernels for Avx2 {
     }
 }
 
+/// Bytes ahead that a stream read once asks for: it comes from memory, and the processor's own prefetching ends at the
+/// end of a page.
+const AHEAD: usize = 2048;
+
 /// Loads 32 bytes.
 ///
 /// # Safety
