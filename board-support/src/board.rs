@@ -12,7 +12,7 @@ use forebay_storage::store::BlockStore;
 
 use crate::app::{self, Clock, say};
 use crate::console::{Console, Terminal};
-use crate::cores::Cores;
+use crate::cores::{Cores, Further};
 use crate::options::{OptionError, Options, Source};
 use crate::stack::Stack;
 use crate::status::{HasStatus, Status};
@@ -28,6 +28,20 @@ pub trait Disk {
 
     /// Brings the disk up. Its store gives a read up when nothing has come for `patience` ticks of `clock`.
     fn bring_up(self, clock: &Clock, patience: u64) -> Result<Self::Store, Self::Error>;
+}
+
+/// No disk: for boards whose image can only be in mapped flash.
+#[derive(Clone, Copy, Debug)]
+pub enum NoDisk {}
+
+impl Disk for NoDisk {
+    type Store = MemoryStore<'static, 'static>;
+    type Error = NoStore;
+    const KIND: &'static str = "none";
+
+    fn bring_up(self, _: &Clock, _: u64) -> Result<Self::Store, NoStore> {
+        match self {}
+    }
 }
 
 /// An arena as a board declares it: a static that starts on a page.
@@ -86,7 +100,8 @@ pub fn run<C: Console, D: Disk>(board: Board<'_, C, D>) -> u8 {
         Ok(()) => Status::Done,
         Err(Failed(status)) => status,
     };
-    if let Some((used, len)) = cores.stack_use() {
+    if let Some(Further { parts, stack_used: used, stack_len: len }) = cores.further() {
+        say!(console, "further cores: {parts} parts of products computed");
         say!(console, "further cores' stacks: {used} of {len} bytes used");
         // They have no guard beneath them.
         if used == len {
@@ -114,7 +129,7 @@ impl HasStatus for OptionError<'_> {
 /// There is nothing to read an image from.
 #[derive(Debug, thiserror::Error)]
 #[error("there is no disk, and no image in flash: nothing to run")]
-struct NoStore;
+pub struct NoStore;
 
 impl HasStatus for NoStore {
     fn status(&self) -> Status {

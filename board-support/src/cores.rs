@@ -5,17 +5,44 @@
 
 use core::cell::UnsafeCell;
 use core::fmt;
+use core::ops::Range;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use forebay_kernels::exec::{Serial, Workers};
+
+use crate::app::Clock;
+use crate::stack::Stack;
+
+/// Seconds that a core may take to come up.
+const LIMIT: u64 = 2;
 
 /// The cores of a machine.
 pub trait Cores {
     /// Brings cores up until `count` can compute, the first one among them. Gives as many as came.
     fn start(&self, count: usize) -> &'static dyn Workers;
 
-    /// Bytes of stack that a further core used at most, and that it has; `None` if only one core computes.
-    fn stack_use(&self) -> Option<(usize, usize)>;
+    /// What the further cores did; `None` if only one core computes.
+    fn further(&self) -> Option<Further>;
+}
+
+/// What further cores did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Further {
+    /// Parts of jobs that they computed.
+    pub parts: usize,
+    /// Bytes of stack that one of them used at most.
+    pub stack_used: usize,
+    /// Bytes of stack that each has.
+    pub stack_len: usize,
+}
+
+/// A way to start cores.
+pub trait Power {
+    /// Whether cores that are not needed, too, should be brought from where they wait to where they sleep.
+    const STARTS_ALL: bool;
+
+    /// Starts core `core`, from 1 on. False if there is none.
+    fn start(&self, core: usize) -> bool;
 }
 
 /// A machine whose first core computes alone.
@@ -26,7 +53,7 @@ impl Cores for OneCore {
     fn start(&self, _: usize) -> &'static dyn Workers {
         &Serial
     }
-    fn stack_use(&self) -> Option<(usize, usize)> {
+    fn further(&self) -> Option<Further> {
         None
     }
 }
@@ -45,6 +72,10 @@ pub struct Team {
     busy: AtomicBool,
     /// Cores that serve.
     serving: AtomicUsize,
+    /// Cores that are to compute, the first one among them. Written before any core is started.
+    wanted: AtomicUsize,
+    /// Parts that further cores computed.
+    helped: AtomicUsize,
     /// Puts a core to sleep until `wake` was called since it last slept, or returns early.
     sleep: fn(),
     /// Wakes all cores that sleep.
@@ -70,6 +101,8 @@ impl Team {
             running: AtomicUsize::new(0),
             busy: AtomicBool::new(false),
             serving: AtomicUsize::new(0),
+            wanted: AtomicUsize::new(1),
+            helped: AtomicUsize::new(0),
             sleep,
             wake,
         }
@@ -80,7 +113,10 @@ impl Team {
         self.serving.fetch_add(1, Ordering::Release);
         loop {
             match self.take() {
-                Some(part) => self.perform(part),
+                Some(part) => {
+                    self.helped.fetch_add(1, Ordering::Relaxed);
+                    self.perform(part);
+                }
                 None => (self.sleep)(),
             }
         }
@@ -89,6 +125,58 @@ impl Team {
     /// Cores that have joined.
     pub fn serving(&self) -> usize {
         self.serving.load(Ordering::Acquire)
+    }
+
+    /// Whether core `core` is to join.
+    pub fn wants(&self, core: usize) -> bool {
+        core < self.wanted.load(Ordering::Acquire)
+    }
+
+    /// Starts cores one after another until `count` can compute, of the `have` that there are stacks for. To be called
+    /// once, by the first core.
+    ///
+    /// # Safety
+    /// `stack` gives the stack of each core from 1 to `have`: writable memory that nothing else uses.
+    pub unsafe fn start<P: Power>(
+        &self,
+        power: &P,
+        count: usize,
+        have: usize,
+        stack: fn(usize) -> Range<usize>,
+        clock: &Clock,
+    ) {
+        let count = count.min(have);
+        self.wanted.store(count, Ordering::Release);
+        for core in 1..count {
+            // SAFETY: the stack of a core that has not been started.
+            unsafe { Stack::paint_all(stack(core)) };
+            if !power.start(core) {
+                break;
+            }
+            let begin = (clock.now)();
+            while self.serving() < core && (clock.now)().wrapping_sub(begin) < LIMIT * clock.hertz {
+                core::hint::spin_loop();
+            }
+            if self.serving() < core {
+                break;
+            }
+        }
+        if P::STARTS_ALL {
+            for core in count..have {
+                let _ = power.start(core);
+            }
+        }
+    }
+
+    /// What the further cores did, which [`Team::start`] has started with these stacks.
+    pub fn further(&self, stack: fn(usize) -> Range<usize>) -> Option<Further> {
+        let stacks = (1..=self.serving()).map(|core| {
+            // SAFETY: `start` has painted it.
+            let stack = unsafe { Stack::painted(stack(core)) };
+            (stack.high_water(), stack.len())
+        });
+        let (stack_used, stack_len) = stacks.max()?;
+        Some(Further { parts: self.helped.load(Ordering::Relaxed), stack_used, stack_len })
     }
 
     /// Takes a part that nobody has taken.

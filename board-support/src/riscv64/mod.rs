@@ -1,4 +1,5 @@
-//! RISC-V: from reset to `board_main`, traps that report, a guard beneath the stack, the clock, the vector unit.
+//! RISC-V: from reset to `board_main`, traps that report, a guard beneath the stack, the clock, the vector unit, further
+//! harts.
 //!
 //! Without features this is machine mode on the bare machine; with `s-mode` it is supervisor mode under SBI firmware.
 
@@ -18,9 +19,11 @@ macro_rules! csr {
 use csr;
 
 pub mod boot;
+mod critical;
 #[cfg(feature = "s-mode")]
 pub mod sbi;
 pub mod sifive;
+pub mod smp;
 mod vector;
 
 use core::arch::global_asm;

@@ -111,6 +111,12 @@ const fn pflash(len: u64, bytes_per_second: u64) -> Medium {
     Medium { kind: MediumKind::Flash, device: "CFI flash, memory-mapped", len: Some(len), block: 1, bandwidth }
 }
 
+/// Flash that a microcontroller reads as memory; the emulated machine has RAM in its place.
+const fn mapped_flash(len: u64, bytes_per_second: u64) -> Medium {
+    let bandwidth = Bandwidth { bytes_per_second, basis: Basis::Emulated };
+    Medium { kind: MediumKind::Flash, device: "memory-mapped flash", len: Some(len), block: 1, bandwidth }
+}
+
 /// A SPI NOR chip, read a byte at a time through a FIFO.
 const fn spi_nor(len: u64, bytes_per_second: u64) -> Medium {
     let bandwidth = Bandwidth { bytes_per_second, basis: Basis::Emulated };
@@ -135,6 +141,15 @@ pub const BOARDS: &[Board] = &[
         media: &[pflash(64 << 20, 20 * MB), virtio(20 * MB)],
     },
     Board {
+        name: "mps2-an386",
+        machine: "Arm MPS2 with AN386, Cortex-M4F, run in QEMU only",
+        target: "thumbv7em-none-eabihf",
+        ram: 4 << 20,
+        arena: 2656 << 10,
+        stack: 40 << 10,
+        media: &[mapped_flash(16 << 20, 10 * MB)],
+    },
+    Board {
         name: "raspi",
         machine: "Raspberry Pi 3 and 4, booted in QEMU only",
         target: "aarch64-unknown-none",
@@ -148,7 +163,7 @@ pub const BOARDS: &[Board] = &[
         machine: "QEMU virt, RV64GC, machine mode",
         target: "riscv64gc-unknown-none-elf",
         ram: 14 << 20,
-        arena: 2664 << 10,
+        arena: 2652 << 10,
         stack: 48 << 10,
         media: &[pflash(32 << 20, 15 * MB), virtio(15 * MB)],
     },
@@ -157,7 +172,7 @@ pub const BOARDS: &[Board] = &[
         machine: "QEMU virt, RV64GC, supervisor mode under OpenSBI",
         target: "riscv64gc-unknown-none-elf",
         ram: 14 << 20,
-        arena: 2664 << 10,
+        arena: 2652 << 10,
         stack: 48 << 10,
         media: &[pflash(32 << 20, 15 * MB), virtio(15 * MB)],
     },
@@ -166,7 +181,7 @@ pub const BOARDS: &[Board] = &[
         machine: "SiFive HiFive Unleashed, booted in QEMU only",
         target: "riscv64gc-unknown-none-elf",
         ram: 13 << 20,
-        arena: 2664 << 10,
+        arena: 2652 << 10,
         stack: 48 << 10,
         media: &[spi_nor(32 << 20, MB * 7 / 10)],
     },

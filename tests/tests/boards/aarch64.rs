@@ -61,9 +61,7 @@ fn further_cores_compute() {
             return;
         };
         report.agrees(fixture(), KvFormat::F16);
-        assert!(report.line("image: ").ends_with(" on 2 cores"));
-        let [used, len] = report.numbers("further cores' stacks: ")[..] else { panic!("stacks") };
-        assert!(used > 0 && used < len * 9 / 10, "{used} bytes of {len}");
+        report.shows_further_cores(2);
     }
     // There is no second core; there are more than there are stacks for; there is no firmware to start one.
     for (more, words) in [
@@ -129,17 +127,4 @@ fn a_cards_errors_are_met_by_checksums() {
             _ => report.fails(status, "failed 3 times: checksum mismatch"),
         }
     }
-}
-
-/// As on a board without a debugger: nothing answers semihosting calls, the words come from the device tree or there
-/// are none, and the program ends by saying its status.
-#[test]
-fn a_pi_runs_without_semihosting() {
-    let model = crate::repository().join("host-tools/models/tiny-lfm2moe");
-    let image = forebay_conformance::image_of(&model, &Default::default()).unwrap();
-    let disk = file(&image);
-    let boot = Boot { disk: Some(&disk), semihosting: false, until: Some("halted"), ..Boot::new(&RASPI3, "") };
-    let Some(report) = boot.run() else { return };
-    report.has_the_hosts_bits(&image, KvFormat::F16);
-    assert_eq!(report.line("status "), "0; halted");
 }

@@ -21,6 +21,19 @@ pub enum Disk {
     SdCard,
     /// The image lies in a SPI NOR chip of this many bytes, which is always there.
     SpiNor(u64),
+    /// The image lies in memory of this many bytes at this address, which the processor reads like flash.
+    Mapped(u64, u64),
+}
+
+impl Disk {
+    /// Bytes of a device that is always there and has one size, whatever was written to it; such a one has been read
+    /// by QEMU before the machine starts, and does not stop answering.
+    pub fn fixed(&self) -> Option<u64> {
+        match self {
+            Self::Virtio | Self::SdCard => None,
+            Self::SpiNor(len) | Self::Mapped(len, _) => Some(*len),
+        }
+    }
 }
 
 /// An emulated machine and its board binary.
@@ -139,7 +152,22 @@ pub static SIFIVE_U: Machine = Machine {
     kernel: OnceLock::new(),
 };
 
-pub static MACHINES: [&Machine; 6] = [&AARCH64, &RASPI3, &RASPI4, &RISCV64, &RISCV64_SBI, &SIFIVE_U];
+/// A microcontroller, Cortex-M4F. Its PSRAM stands for flash.
+pub static MPS2_AN386: Machine = Machine {
+    name: "mps2-an386",
+    board: "mps2-an386",
+    target: "thumbv7em-none-eabihf",
+    qemu: "qemu-system-arm",
+    machine: &["-M", "mps2-an386", "-nic", "none"],
+    cpus: &[""],
+    disk: Disk::Mapped(16 << 20, 0x2100_0000),
+    flash_len: 0,
+    raw: false,
+    bounds: "",
+    kernel: OnceLock::new(),
+};
+
+pub static MACHINES: [&Machine; 7] = [&AARCH64, &RASPI3, &RASPI4, &RISCV64, &RISCV64_SBI, &SIFIVE_U, &MPS2_AN386];
 
 pub fn repository() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
@@ -265,6 +293,10 @@ impl<'a> Boot<'a> {
                     let drive = format!("file={},if=sd,format=raw", disk.card().display());
                     qemu.args(["-drive", &(drive + self.drive)]);
                 }
+                Disk::Mapped(_, address) => {
+                    let loader = format!("loader,file={},addr={address:#x},force-raw=on", disk.path.display());
+                    qemu.args(["-device", &loader]);
+                }
                 Disk::SpiNor(len) => {
                     let drive = format!("file={},if=mtd,format=raw,readonly=on", disk.flash(len).display());
                     qemu.args(["-drive", &(drive + self.drive)]);
@@ -346,6 +378,14 @@ impl Report {
         let want = format!("{:#018x} over {} rows of {vocab}", host.hash(), fed.len());
         assert_eq!(self.line("logits: "), want, "same tokens, but not the same bits");
         (prompt, answer)
+    }
+
+    /// Asserts that so many cores computed, the further ones too, on stacks with room to spare.
+    pub fn shows_further_cores(&self, cores: usize) {
+        assert!(self.line("image: ").ends_with(&format!(" on {cores} cores")));
+        assert!(self.numbers("further cores: ")[0] > 0, "only the first core computed");
+        let [used, len] = self.numbers("further cores' stacks: ")[..] else { panic!("stacks") };
+        assert!(used > 0 && used < len * 9 / 10, "{used} bytes of {len}");
     }
 
     pub fn fails(&self, status: i32, message: &str) {

@@ -1,12 +1,13 @@
-//! The same tokens on bare metal: board binaries boot in QEMU, read an image from a virtio disk, an SD card, SPI NOR or mapped flash, and
-//! their tokens and the hash of all their logits' bits are those of this host.
+//! The same tokens on bare metal: board binaries boot in QEMU, read an image from a virtio disk, an SD card, SPI NOR or
+//! mapped flash, and their tokens and the hash of all their logits' bits are those of this host.
 //!
-//! Needs `qemu-system-aarch64`, `qemu-system-riscv64` and a bare-metal toolchain (see `.ci/bare-metal`). Where they
+//! Needs `qemu-system-aarch64`, `qemu-system-arm`, `qemu-system-riscv64` and a bare-metal toolchain (see `.ci/bare-metal`). Where they
 //! are missing the tests say SKIPPED and pass, unless `FOREBAY_REQUIRE_BOARDS` is 1, as it is in CI.
 #![cfg(unix)]
 
 mod aarch64;
 mod machine;
+mod riscv64;
 
 use std::sync::OnceLock;
 
@@ -16,7 +17,7 @@ use forebay_conformance::{fixtures, image_of, reference};
 use forebay_kernels::attention::KvFormat;
 use forebay_storage::image::{MAGIC, SUPERBLOCK_SLOT};
 
-use machine::{AARCH64, Boot, Disk, File, MACHINES, RISCV64, RISCV64_SBI, file, repository};
+use machine::{AARCH64, Boot, Disk, File, MACHINES, MPS2_AN386, RASPI3, RISCV64, RISCV64_SBI, file, repository};
 
 /// The small mixture-of-experts fixture, converted once.
 fn fixture() -> &'static [u8] {
@@ -70,7 +71,8 @@ fn bundled_model_runs_in_a_third_of_its_size() {
     let image = image_of(&model, &ConvertOptions::default()).unwrap();
     let disk = file(&image);
     for machine in MACHINES {
-        let generate = if machine.disk == Disk::Virtio { 16 } else { 3 };
+        let fast = matches!(machine.disk, Disk::Virtio | Disk::Mapped(..));
+        let generate = if fast { 16 } else { 3 };
         let words = format!("{}generate={generate} text=Once upon a time", machine.bounds);
         let boot = Boot { disk: Some(&disk), ..Boot::new(machine, words) };
         let Some(report) = boot.run() else { continue };
@@ -143,14 +145,16 @@ fn what_is_wrong_is_said() {
         match machine.disk {
             Disk::Virtio => report.fails(3, "error: there is no disk, and no image in flash"),
             Disk::SdCard => report.fails(3, "error: there is no SD card, or it does not answer"),
+            Disk::Mapped(..) => report.fails(3, "error: there is no disk, and no image in flash"),
             // The chip is soldered in, and erased.
             Disk::SpiNor(_) => report.fails(6, "error: cannot open the image: not an image"),
         }
         let run = |disk: &File, words: &str| Boot { disk: Some(disk), ..Boot::new(machine, words) }.run().unwrap();
-        run(&nothing, PROMPT).fails(6, "error: cannot open the image: not an image");
+        // Mapped flash is looked into before anything else, unless the words say that the image is there.
+        let source = if matches!(machine.disk, Disk::Mapped(..)) { "image=flash " } else { "" };
+        run(&nothing, &format!("{source}{PROMPT}")).fails(6, "error: cannot open the image: not an image");
         run(&long, PROMPT).fails(8, "error: cannot open the image: store: ");
-        // A chip's length does not depend on what was written to it.
-        if !matches!(machine.disk, Disk::SpiNor(_)) {
+        if machine.disk.fixed().is_none() {
             run(&cut, PROMPT).fails(8, "error: cannot open the image: store: ");
         }
         run(&other, PROMPT).fails(7, "is not supported, expected 1.x");
@@ -198,8 +202,8 @@ fn silence_is_given_up() {
     let disk = file(fixture());
     // The pool holds few units, so that reading goes on to the end.
     let words = format!("patience=1 {PROMPT} context=32 batch=1 arena=200704");
-    // QEMU's SPI NOR chip has read its file before the machine starts; the driver's own tests have a chip that dies.
-    for machine in MACHINES.into_iter().filter(|machine| !matches!(machine.disk, Disk::SpiNor(_))) {
+    // The SPI NOR driver's own tests have a chip that dies.
+    for machine in MACHINES.into_iter().filter(|machine| machine.disk.fixed().is_none()) {
         let boot = |drive| Boot { disk: Some(&disk), drive, ..Boot::new(machine, words.clone()) }.run();
         let Some(report) = boot(",throttling.bps-read=100") else { continue };
         report.fails(5, "stopped answering");
@@ -236,5 +240,20 @@ fn exceptions_are_reported() {
         if let Some(report) = no_floats.run() {
             report.fails(101, "illegal instruction");
         }
+    }
+}
+
+/// As on a board without a debugger: nothing answers semihosting calls, the words come from the device tree or there
+/// are none, and the program ends by saying its status.
+#[test]
+fn boards_run_without_semihosting() {
+    let model = repository().join("host-tools/models/tiny-lfm2moe");
+    let image = image_of(&model, &ConvertOptions::default()).unwrap();
+    let disk = file(&image);
+    for machine in [&RASPI3, &MPS2_AN386] {
+        let boot = Boot { disk: Some(&disk), semihosting: false, until: Some("halted"), ..Boot::new(machine, "") };
+        let Some(report) = boot.run() else { continue };
+        report.has_the_hosts_bits(&image, KvFormat::F16);
+        assert_eq!(report.line("status "), "0; halted");
     }
 }

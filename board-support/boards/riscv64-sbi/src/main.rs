@@ -9,15 +9,15 @@ use embedded_io::Write;
 use fdt::Fdt;
 use forebay_board::app::Clock;
 use forebay_board::board::{ArenaMemory, Board, run};
-use forebay_board::cores::OneCore;
 use forebay_board::riscv64::sbi::{self, DebugConsole};
+use forebay_board::riscv64::smp::{Hsm, ManyHarts};
 use forebay_board::riscv64::{Vectors, boot};
 use forebay_board::stack::Stack;
 use forebay_board::{flash, riscv64, virtio};
 use static_cell::ConstStaticCell;
 
-/// The memory that the model lives in: with the stack, less than a third of the bundled model's image.
-const ARENA: usize = 2664 << 10;
+/// The memory that the model lives in: with the stacks, less than a third of the bundled model's image.
+const ARENA: usize = 2652 << 10;
 
 /// Ticks a second of the machine's timer.
 const TIMER_HERTZ: u64 = 10_000_000;
@@ -46,20 +46,21 @@ extern "C" fn board_main(hart: usize, device_tree: usize) -> ! {
     let stack = unsafe { Stack::paint(boot::stack()) };
     // SAFETY: the firmware's second argument is the address of a device tree, which nothing changes.
     let tree = unsafe { Fdt::from_ptr(core::ptr::with_exposed_provenance(device_tree)) }.ok();
-    let vectors = tree.as_ref().map_or(Vectors::None, |tree| Vectors::enable(tree, hart));
+    let vectors = tree.as_ref().map_or(Vectors::None, |tree| Vectors::enable(tree));
+    let clock = Clock { now: riscv64::time, hertz: TIMER_HERTZ };
     let board = Board {
         name: "riscv64-sbi",
         processor: &format_args!("RV64GC in supervisor mode, {vectors}"),
         console: &mut DebugConsole::default(),
-        clock: Clock { now: riscv64::time, hertz: TIMER_HERTZ },
-        command_line: tree.and_then(|tree| tree.chosen().bootargs()).unwrap_or(""),
+        clock,
+        command_line: tree.as_ref().and_then(|tree| tree.chosen().bootargs()).unwrap_or(""),
         arena: &mut ARENA_MEMORY.take().0,
         stack,
         // SAFETY: this machine's virtio-mmio slots, used here only.
         disk: unsafe { virtio::first_disk(VIRTIO, VIRTIO_STRIDE, VIRTIO_SLOTS) },
         // SAFETY: this machine's second flash bank; nothing programs it.
         flash: unsafe { flash::mapped(FLASH, FLASH_LEN) },
-        cores: &OneCore,
+        cores: &ManyHarts { power: Hsm::of(tree.as_ref(), hart), clock },
     };
     exit(run(board))
 }

@@ -9,7 +9,7 @@ use core::ptr::NonNull;
 use embedded_io::Write;
 use forebay_board::app::Clock;
 use forebay_board::board::{ArenaMemory, Board, run};
-use forebay_board::cores::OneCore;
+use forebay_board::riscv64::smp::{Clint, ManyHarts};
 use forebay_board::riscv64::{Vectors, boot};
 use forebay_board::stack::Stack;
 use forebay_board::{flash, riscv64, semihost, virtio};
@@ -17,8 +17,8 @@ use static_cell::ConstStaticCell;
 use uart_16550::backend::MmioBackend;
 use uart_16550::{BaudRate, Config, Uart16550};
 
-/// The memory that the model lives in: with the stack, less than a third of the bundled model's image.
-const ARENA: usize = 2664 << 10;
+/// The memory that the model lives in: with the stacks, less than a third of the bundled model's image.
+const ARENA: usize = 2652 << 10;
 
 const CODE: usize = 0x8000_0000;
 /// Ticks a second of the machine's timer.
@@ -55,11 +55,12 @@ extern "C" fn board_main(_hart: usize, _device_tree: usize) -> ! {
     // A console that does not come up has nobody to tell it to; the exit status still says how the run went.
     let _ = console.init(Config { baud_rate: BaudRate::Baud115200, ..Config::default() });
     let mut line = [MaybeUninit::uninit(); 2048];
+    let clock = Clock { now: riscv64::time, hertz: TIMER_HERTZ };
     let board = Board {
         name: "riscv64-virt",
         processor: &format_args!("RV64GC in machine mode, {}", Vectors::enable()),
         console: &mut console,
-        clock: Clock { now: riscv64::time, hertz: TIMER_HERTZ },
+        clock,
         command_line: semihost::command_line(&mut line),
         arena: &mut ARENA_MEMORY.take().0,
         stack,
@@ -67,7 +68,7 @@ extern "C" fn board_main(_hart: usize, _device_tree: usize) -> ! {
         disk: unsafe { virtio::first_disk(VIRTIO, VIRTIO_STRIDE, VIRTIO_SLOTS) },
         // SAFETY: this machine's second flash bank; nothing programs it.
         flash: unsafe { flash::mapped(FLASH, FLASH_LEN) },
-        cores: &OneCore,
+        cores: &ManyHarts { power: Clint, clock },
     };
     exit(run(board))
 }

@@ -9,16 +9,16 @@ use core::panic::PanicInfo;
 use embedded_io::Write;
 use forebay_board::app::Clock;
 use forebay_board::board::{ArenaMemory, Board, run};
-use forebay_board::cores::OneCore;
 use forebay_board::riscv64::sifive::{Spi, Uart, clint_time};
+use forebay_board::riscv64::smp::{Clint, ManyHarts};
 use forebay_board::riscv64::{self, Vectors, boot};
 use forebay_board::semihost;
 use forebay_board::spi_nor::Flash;
 use forebay_board::stack::Stack;
 use static_cell::ConstStaticCell;
 
-/// The memory that the model lives in: with the stack, less than a third of the bundled model's image.
-const ARENA: usize = 2664 << 10;
+/// The memory that the model lives in: with the stacks, less than a third of the bundled model's image.
+const ARENA: usize = 2652 << 10;
 
 const CODE: usize = 0x8000_0000;
 /// Ticks a second of the CLINT's timer.
@@ -42,18 +42,19 @@ extern "C" fn board_main(hart: usize, _device_tree: usize) -> ! {
     // SAFETY: the memory map keeps this memory for the stack.
     let stack = unsafe { Stack::paint(boot::stack()) };
     let mut line = [MaybeUninit::uninit(); 2048];
+    let clock = Clock { now: clint_time, hertz: TIMER_HERTZ };
     let board = Board {
         name: "sifive-u",
         processor: &format_args!("RV64GC hart {hart} in machine mode, {}", Vectors::enable()),
         console: &mut console(),
-        clock: Clock { now: clint_time, hertz: TIMER_HERTZ },
+        clock,
         command_line: semihost::command_line(&mut line),
         arena: &mut ARENA_MEMORY.take().0,
         stack,
         // SAFETY: QSPI 0 of this machine, used here only; the code runs from DRAM.
         disk: Some(Flash(unsafe { Spi::new(QSPI, 0, QSPI_DIVISOR) })),
         flash: &[],
-        cores: &OneCore,
+        cores: &ManyHarts { power: Clint, clock },
     };
     semihost::exit(run(board))
 }
