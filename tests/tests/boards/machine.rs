@@ -180,14 +180,70 @@ fn missing(what: &str) {
     skipped(&format!("{what}; nothing was booted"));
 }
 
-/// The bytes that an ELF file (64 bits, little-endian) has in memory, from its first one on.
+/// A linked program, little-endian.
+struct Elf<'b> {
+    bytes: &'b [u8],
+    wide: bool,
+}
+
+impl<'b> Elf<'b> {
+    fn new(bytes: &'b [u8]) -> Self {
+        assert!(bytes.starts_with(b"\x7fELF") && bytes[5] == 1);
+        Self { bytes, wide: bytes[4] == 2 }
+    }
+
+    fn number(&self, at: usize, len: usize) -> usize {
+        self.bytes[at..at + len].iter().rev().fold(0, |n, b| n << 8 | usize::from(*b))
+    }
+
+    fn text(&self, at: usize) -> &'b str {
+        let bytes = &self.bytes[at..];
+        std::str::from_utf8(&bytes[..bytes.iter().position(|b| *b == 0).unwrap()]).unwrap()
+    }
+
+    /// Offset in the file, physical address and bytes in the file of what is loaded; for files of 64 bits.
+    fn segments(&self) -> impl Iterator<Item = (usize, usize, usize)> {
+        assert!(self.wide);
+        let (table, entry, count) = (self.number(32, 8), self.number(54, 2), self.number(56, 2));
+        let headers = (0..count).map(move |i| table + i * entry);
+        let loaded = headers.filter(|at| self.number(*at, 4) == 1 && self.number(at + 32, 8) > 0);
+        loaded.map(|at| (self.number(at + 8, 8), self.number(at + 24, 8), self.number(at + 32, 8)))
+    }
+
+    /// Name, type, offset and length of each section, and the offset of the section that it links to.
+    fn sections(&self) -> impl Iterator<Item = (&'b str, usize, usize, usize, usize)> {
+        let (word, table) = if self.wide { (8, self.number(40, 8)) } else { (4, self.number(32, 4)) };
+        let sizes = if self.wide { 58 } else { 46 };
+        let (entry, count, names) = (self.number(sizes, 2), self.number(sizes + 2, 2), self.number(sizes + 4, 2));
+        let field = move |index: usize, n: usize| {
+            // Name and type have 4 bytes; flags, address, offset and length a word each; the link 4 bytes.
+            let at = table + index * entry + if n < 2 { 4 * n } else { 8 + word * (n - 2) };
+            self.number(at, if n < 2 || n == 6 { 4 } else { word })
+        };
+        let names = field(names, 4);
+        (0..count).map(move |i| {
+            let (kind, offset, len, link) = (field(i, 1), field(i, 4), field(i, 5), field(i, 6));
+            (self.text(names + field(i, 0)), kind, offset, len, field(link, 4))
+        })
+    }
+
+    /// Bytes of the symbols that have `part` in their names.
+    fn symbols(&self, part: &str) -> usize {
+        const SYMBOL_TABLE: usize = 2;
+        let (entry, size, word) = if self.wide { (24, 16, 8) } else { (16, 8, 4) };
+        let tables = self.sections().filter(|(_, kind, ..)| *kind == SYMBOL_TABLE);
+        let symbols = tables.flat_map(|(_, _, offset, len, names)| {
+            (offset..offset + len)
+                .step_by(entry)
+                .map(move |at| (names + self.number(at, 4), self.number(at + size, word)))
+        });
+        symbols.filter(|(name, _)| self.text(*name).contains(part)).map(|(_, len)| len).sum()
+    }
+}
+
+/// The bytes that a program has in memory, from its first one on.
 fn flatten(elf: &[u8]) -> Vec<u8> {
-    let number = |at: usize, len: usize| elf[at..at + len].iter().rev().fold(0, |n, b| n << 8 | usize::from(*b));
-    assert_eq!(elf[..6], *b"\x7fELF\x02\x01");
-    let (table, entry, count) = (number(32, 8), number(54, 2), number(56, 2));
-    let headers = (0..count).map(|i| table + i * entry).filter(|at| number(*at, 4) == 1 && number(at + 32, 8) > 0);
-    // Offset in the file, physical address, bytes in the file.
-    let segments: Vec<_> = headers.map(|at| (number(at + 8, 8), number(at + 24, 8), number(at + 32, 8))).collect();
+    let segments: Vec<_> = Elf::new(elf).segments().collect();
     let start = segments.iter().map(|(_, address, _)| *address).min().expect("something is loaded");
     let mut bytes = Vec::new();
     for (offset, address, len) in segments {
@@ -195,6 +251,17 @@ fn flatten(elf: &[u8]) -> Vec<u8> {
         bytes[address - start..][..len].copy_from_slice(&elf[offset..][..len]);
     }
     bytes
+}
+
+impl Kernel {
+    /// Bytes of the arena and of all stacks, as linked; 0 of arena for a board that takes what its machine has.
+    pub fn arena_and_stacks(&self) -> (u64, u64) {
+        let bytes = std::fs::read(&self.elf).unwrap();
+        let elf = Elf::new(&bytes);
+        let stacks: usize = elf.sections().filter(|s| matches!(s.0, ".stack" | ".core_stacks")).map(|s| s.3).sum();
+        assert!(stacks > 0, "no stack was linked");
+        (elf.symbols("ARENA_MEMORY") as u64, (stacks + elf.symbols("TRAP_STACK")) as u64)
+    }
 }
 
 impl Machine {

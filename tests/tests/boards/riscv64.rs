@@ -2,14 +2,15 @@
 
 use forebay_kernels::attention::KvFormat;
 
+use crate::bundled;
 use crate::machine::{Boot, RISCV64, RISCV64_SBI, SIFIVE_U, file};
-use crate::{PROMPT, fixture};
 
 /// One hart and two give the same bits: called by software interrupts in machine mode, and by the firmware.
 #[test]
 fn further_harts_compute() {
-    let disk = file(fixture());
-    let two = format!("cores=2 {PROMPT}");
+    // Large enough that harts have work to share all the time.
+    let disk = file(bundled());
+    let two = "cores=2 generate=4 text=Once upon a time";
     let vectors = "rv64,v=true,vlen=128";
     for (machine, cpu, harts) in [
         (&RISCV64, "rv64", "2"),
@@ -19,9 +20,9 @@ fn further_harts_compute() {
         // Hart 0 sleeps, and hart 1 boots.
         (&SIFIVE_U, "", "3"),
     ] {
-        let boot = Boot { cpu, disk: Some(&disk), more: &["-smp", harts], ..Boot::new(machine, two.clone()) };
+        let boot = Boot { cpu, disk: Some(&disk), more: &["-smp", harts], ..Boot::new(machine, two) };
         let Some(report) = boot.run() else { continue };
-        report.agrees(fixture(), KvFormat::F16);
+        report.agrees(bundled(), KvFormat::F16);
         report.shows_further_cores(2);
     }
     // There is no second hart; there are more than there are stacks for.

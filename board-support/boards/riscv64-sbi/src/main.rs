@@ -17,7 +17,7 @@ use forebay_board::{flash, riscv64, virtio};
 use static_cell::ConstStaticCell;
 
 /// The memory that the model lives in: with the stacks, less than a third of the bundled model's image.
-const ARENA: usize = 2652 << 10;
+const ARENA: usize = 2648 << 10;
 
 /// Ticks a second of the machine's timer.
 const TIMER_HERTZ: u64 = 10_000_000;

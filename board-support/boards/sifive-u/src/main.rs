@@ -18,7 +18,7 @@ use forebay_board::stack::Stack;
 use static_cell::ConstStaticCell;
 
 /// The memory that the model lives in: with the stacks, less than a third of the bundled model's image.
-const ARENA: usize = 2652 << 10;
+const ARENA: usize = 2648 << 10;
 
 const CODE: usize = 0x8000_0000;
 /// Ticks a second of the CLINT's timer.
