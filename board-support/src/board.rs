@@ -6,9 +6,9 @@ use core::mem::MaybeUninit;
 use embedded_io::Write;
 use forebay_kernels::exec::Workers;
 use forebay_runtime::arena::Arena;
-use forebay_storage::MemoryStore;
 use forebay_storage::image::{MAGIC, SUPERBLOCK_SLOT};
 use forebay_storage::store::BlockStore;
+use forebay_storage::{MappedStore, MemoryStore};
 
 use crate::app::{self, Clock, say};
 use crate::console::{Console, Terminal};
@@ -162,7 +162,7 @@ fn with_options<C: Console, D: Disk>(
     };
     if flash_wanted {
         say!(console, "store: flash, {} bytes", flash.len());
-        return with_store(console, MemoryStore::new(flash), &arena, options, clock, (workers, stack));
+        return with_store(console, MappedStore::new(flash), &arena, options, clock, (workers, stack));
     }
     let disk = disk.ok_or_else(|| failed(console, &NoStore))?;
     let patience = (options.patience as u64).saturating_mul(clock.hertz);

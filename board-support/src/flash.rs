@@ -2,7 +2,7 @@
 
 /// The bytes of a flash that is mapped at `base`.
 ///
-/// A store over them is [`forebay_storage::MemoryStore`]; reads are copies that the processor makes.
+/// A store over them is [`forebay_storage::MappedStore`]: the model is computed from where it lies.
 ///
 /// # Safety
 /// `base..base + len` is readable memory for the rest of the program, nothing else in the program refers to it, and

@@ -46,6 +46,10 @@ impl<'b, S: BlockStore<'b>> BlockStore<'b> for Meter<S> {
         self.store.geometry()
     }
 
+    fn mapped(&self) -> Option<&'b [u8]> {
+        self.store.mapped()
+    }
+
     fn submit(&mut self, request: ReadRequest<'b>) -> Result<(), ReadRequest<'b>> {
         let len = request.len as u64;
         self.store.submit(request)?;

@@ -68,7 +68,9 @@ fn of_open<E: Debug + Display>(error: &OpenError<E>) -> Status {
         OpenError::Image(ImageError::Version { .. }) => Status::Version,
         // The superblock is whole, and its image is longer than what there is to read.
         OpenError::Image(ImageError::TooShort { .. }) => Status::Short,
-        OpenError::Image(_) | OpenError::Model(_) | OpenError::MissingSection(_) => Status::Damaged,
+        OpenError::Image(_) | OpenError::Model(_) | OpenError::MissingSection(_) | OpenError::Extent { .. } => {
+            Status::Damaged
+        }
         OpenError::Read { error, .. } => match error {
             ReadError::Device(_) => Status::Device,
             ReadError::Short { .. } => Status::Short,

@@ -3,7 +3,7 @@
 use forebay_storage::image::{ExtentTable, ImageError, SUPERBLOCK_SLOT, Section, SectionKind, Superblock};
 use forebay_storage::store::{BlockStore, ReadError, ReadRequest};
 
-use crate::arena::{Arena, OutOfArena};
+use crate::arena::{Arena, LINE, OutOfArena};
 use crate::model::{Model, ModelError};
 
 /// Why an image cannot be opened.
@@ -31,6 +31,14 @@ pub enum OpenError<E: core::fmt::Debug + core::fmt::Display> {
         /// Why it failed.
         error: ReadError<E>,
     },
+    /// Bytes of a mapped image do not have their checksum.
+    #[error("the image's {len} bytes at offset {offset}: checksum mismatch")]
+    Extent {
+        /// Where.
+        offset: u64,
+        /// How many.
+        len: u64,
+    },
     /// The store wants larger blocks than the image's pages.
     #[error(
         "the device reads blocks of {block} bytes but the image has pages of {page}; convert it with --page {block}"
@@ -53,6 +61,7 @@ pub struct Image<'a> {
     model: Model<'a>,
     tokenizer: Option<&'a [u8]>,
     tables_len: u64,
+    mapped: Option<&'a [u8]>,
 }
 
 /// One blocking read of `len` bytes, padded to the arena's page.
@@ -67,6 +76,9 @@ fn read<'a, S: BlockStore<'a>>(
     let fail = |error| OpenError::Read { what, offset, len, error };
     // A section's padding belongs to the image, so the read may be as long as its pages.
     let padded = usize::try_from(len.next_multiple_of(page.into())).map_err(|_| fail(ReadError::OutOfBounds))?;
+    if let Some(image) = store.mapped() {
+        return part(image, offset, len).ok_or(fail(ReadError::OutOfBounds));
+    }
     let buf = arena.pages(padded)?;
     let (buf, _) = buf.split_at_mut(padded);
     let submitted = store.submit(ReadRequest::whole(0, offset, buf)).is_ok();
@@ -77,9 +89,18 @@ fn read<'a, S: BlockStore<'a>>(
     Ok(&buf[..len as usize])
 }
 
+/// The `len` bytes from `offset` on.
+pub(crate) fn part(image: &[u8], offset: u64, len: u64) -> Option<&[u8]> {
+    let start = usize::try_from(offset).ok()?;
+    image.get(start..start.checked_add(usize::try_from(len).ok()?)?)
+}
+
 impl<'a> Image<'a> {
     /// Reads and validates the tables of the image in `store`. The tokenizer's tables are read only if
     /// `with_tokenizer` and the image has some. Blocks on the store; no other read may be in flight.
+    ///
+    /// Of a store that is mapped, from a multiple of [`LINE`] bytes on, nothing is copied, neither now nor later: all
+    /// extents are verified here, once.
     pub fn open<S: BlockStore<'a>>(
         store: &mut S,
         arena: &Arena<'a>,
@@ -110,7 +131,18 @@ impl<'a> Image<'a> {
         };
         let extents = ExtentTable::parse(extents, &superblock)?;
         let model = Model::parse(model, tensors, extents, page)?;
-        Ok(Self { superblock, model, tokenizer, tables_len: (before - arena.left()) as u64 })
+        // Tensors of f32 are read as such. Elsewhere units are copied, as from any store.
+        let mapped = store.mapped().filter(|image| image.as_ptr().addr().is_multiple_of(LINE));
+        if let Some(image) = mapped {
+            for record in extents.records() {
+                let (offset, len) = (record.offset(), record.total_len());
+                let good = part(image, offset, len).is_some_and(|bytes| record.verify(0, bytes) == Ok(record.levels()));
+                if !good {
+                    return Err(OpenError::Extent { offset, len });
+                }
+            }
+        }
+        Ok(Self { superblock, model, tokenizer, tables_len: (before - arena.left()) as u64, mapped })
     }
 
     /// Reads and verifies a section that [`Self::open`] leaves out; `None` if the image has no such section. Blocks on
@@ -140,6 +172,10 @@ impl<'a> Image<'a> {
     /// The tokenizer's tables, if the image has some and they were asked for.
     pub fn tokenizer(&self) -> Option<&'a [u8]> {
         self.tokenizer
+    }
+    /// The image's bytes, if it is mapped: then they are right, and units and resident tensors take no memory.
+    pub fn mapped(&self) -> Option<&'a [u8]> {
+        self.mapped
     }
     /// Arena bytes that the tables took.
     pub fn tables_len(&self) -> u64 {

@@ -265,11 +265,12 @@ impl Plan {
         }
         let page = |bytes: u64| bytes.next_multiple_of(PAGE as u64);
         let groups = (0..model.layer_count() as u16).chain([NO_LAYER]);
-        let resident: u64 = groups.map(|l| page(model.group(l).1)).sum();
+        let mapped = image.mapped().is_some();
+        let resident: u64 = if mapped { 0 } else { groups.map(|l| page(model.group(l).1)).sum() };
         let layers = || (0..model.layer_count()).filter_map(|l| model.layer(l));
         let state: u64 = layers().map(|layer| state_bytes(&layer, model.hidden(), &limits)).sum();
         let policy = &limits.policy;
-        let pieces = match policy.by_level() {
+        let pieces = match policy.by_level() && !mapped {
             true => layers().map(|layer| unit_levels(&layer, policy)).max().unwrap_or(1),
             false => 1,
         };
@@ -279,7 +280,8 @@ impl Plan {
             if pieces > 1 { each.max() } else { Some(page(layer.unit.prefix_len(levels, model.page()))) }
         };
         let slot_len = layers().filter_map(|layer| piece_len(&layer)).max().unwrap_or(PAGE as u64);
-        let units = model.unit_count();
+        // What is mapped needs no slot and no place in the pool's tables.
+        let units = if mapped { 0 } else { model.unit_count() };
         let all = units * pieces;
         let fixed_tables = table_bytes::<Option<LayerState<'_>>>(model.layer_count())
             + table_bytes::<u32>(all)

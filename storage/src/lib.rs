@@ -28,6 +28,6 @@ pub mod store;
 #[cfg(feature = "std")]
 pub use file::FileStore;
 pub use io::IoStore;
-pub use memory::MemoryStore;
+pub use memory::{MappedStore, MemoryStore};
 pub use nor::{NorError, NorStore};
 pub use pending::MAX_DEPTH;

@@ -7,7 +7,8 @@ use heapless::Deque;
 use crate::pending::{MAX_DEPTH, check, clamp_depth, target};
 use crate::store::{BlockStore, Completion, Geometry, ReadError, ReadRequest};
 
-/// An image that is addressable as it is: RAM, memory-mapped flash, an array in the binary.
+/// An image that is addressable as it is: RAM, memory-mapped flash, an array in the binary. [`MappedStore`] does without
+/// copies.
 ///
 /// Reads are copied at `submit` and completed in order. No alignment is asked for.
 #[derive(Debug)]
@@ -70,5 +71,44 @@ impl<'b> BlockStore<'b> for MemoryStore<'b, '_> {
 
     fn in_flight(&self) -> usize {
         self.done.len()
+    }
+}
+
+/// An image that is used where it is: memory-mapped flash, which nothing writes to while the store's buffers live.
+#[derive(Debug)]
+pub struct MappedStore<'b> {
+    bytes: &'b [u8],
+    copies: MemoryStore<'b, 'b>,
+}
+
+impl<'b> MappedStore<'b> {
+    /// A store of `bytes`.
+    #[must_use]
+    pub fn new(bytes: &'b [u8]) -> Self {
+        Self { bytes, copies: MemoryStore::new(bytes) }
+    }
+}
+
+impl<'b> BlockStore<'b> for MappedStore<'b> {
+    type Error = Infallible;
+
+    fn geometry(&self) -> Geometry {
+        self.copies.geometry()
+    }
+
+    fn mapped(&self) -> Option<&'b [u8]> {
+        Some(self.bytes)
+    }
+
+    fn submit(&mut self, request: ReadRequest<'b>) -> Result<(), ReadRequest<'b>> {
+        self.copies.submit(request)
+    }
+
+    fn poll(&mut self) -> Option<Completion<'b, Infallible>> {
+        self.copies.poll()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.copies.in_flight()
     }
 }

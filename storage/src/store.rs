@@ -96,6 +96,12 @@ pub trait BlockStore<'b> {
     /// Size, alignment and depth; constant for the life of the store.
     fn geometry(&self) -> Geometry;
 
+    /// All bytes of the device, if the processor can read them where they are, for as long as the store's buffers live:
+    /// then nothing need be read. A layer over a store that is to see reads leaves this out.
+    fn mapped(&self) -> Option<&'b [u8]> {
+        None
+    }
+
     /// Starts a read. Gives the request back if no more reads can be in flight; errors come with completions.
     fn submit(&mut self, request: ReadRequest<'b>) -> Result<(), ReadRequest<'b>>;
 

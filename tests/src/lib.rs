@@ -8,14 +8,14 @@ use anyhow::{Context, Result, ensure};
 use forebay_kernels::attention::KvFormat;
 use forebay_kernels::exec::{Backend, Exec, Serial, Workers};
 use forebay_kernels::pool::ThreadPool;
-use forebay_runtime::arena::Arena;
+use forebay_runtime::arena::{Arena, PAGE};
 use forebay_runtime::drive::{Observer, prefill};
 use forebay_runtime::engine::{Choice, Engine, Output, Stats};
 use forebay_runtime::open::Image;
 use forebay_runtime::plan::{Limits, Plan};
 use forebay_runtime::policy::Policy;
-use forebay_storage::MemoryStore;
 use forebay_storage::store::BlockStore;
+use forebay_storage::{MappedStore, MemoryStore};
 
 pub mod hostile;
 pub mod reference;
@@ -119,12 +119,12 @@ impl Observer for Routes {
 
 /// Memory for an arena of `bytes`, wherever its pages begin.
 pub fn arena_memory(bytes: u64) -> Box<[MaybeUninit<u8>]> {
-    Box::new_uninit_slice(bytes as usize + forebay_runtime::arena::PAGE)
+    Box::new_uninit_slice(bytes as usize + PAGE)
 }
 
 /// The pages of [`arena_memory`]: an arena of exactly `bytes` (a multiple of the page).
 pub fn arena_of(memory: &mut [MaybeUninit<u8>], bytes: u64) -> Arena<'_> {
-    let start = memory.as_ptr().align_offset(forebay_runtime::arena::PAGE);
+    let start = memory.as_ptr().align_offset(PAGE);
     Arena::new(&mut memory[start..start + bytes as usize])
 }
 
@@ -165,6 +165,18 @@ pub fn run(image: &[u8], setup: &Setup, tokens: &[u32]) -> Result<Run> {
     let mut memory = arena_memory(bytes);
     let arena = arena_of(&mut memory, bytes);
     run_on(&mut MemoryStore::new(image), &arena, setup, tokens)
+}
+
+/// [`run_on`] an image that is used where it lies, from the start of a page on. Without a bound the arena has 16 MiB.
+pub fn run_mapped(image: &[u8], setup: &Setup, tokens: &[u32]) -> Result<Run> {
+    let mut memory = vec![0; image.len() + PAGE];
+    let start = memory.as_ptr().align_offset(PAGE);
+    let mapped = &mut memory[start..start + image.len()];
+    mapped.copy_from_slice(image);
+    let bytes = setup.arena.unwrap_or(16 << 20);
+    let mut arena = arena_memory(bytes);
+    let arena = arena_of(&mut arena, bytes);
+    run_on(&mut MappedStore::new(mapped), &arena, setup, tokens)
 }
 
 /// Says that a test was skipped, and why: past `eprintln!`, whose words the runner keeps to itself when a test passes.

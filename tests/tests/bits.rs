@@ -1,7 +1,7 @@
 //! The same bits, whatever the arena, batch, threads, back-end, store and order of completion.
 
 use forebay::convert::{ConvertOptions, WeightChoice};
-use forebay_conformance::{Run, Setup, arena_memory, arena_of, fixtures, image_of, plan, run, run_on};
+use forebay_conformance::{Run, Setup, arena_memory, arena_of, fixtures, image_of, plan, run, run_mapped, run_on};
 use forebay_kernels::attention::KvFormat;
 use forebay_kernels::exec::Backend;
 use forebay_runtime::policy::Choice;
@@ -151,5 +151,23 @@ proptest! {
         let got = run_on(&mut store, &arena, &setup, &TOKENS[..count]).unwrap();
         let same = got.logits.iter().zip(&want.logits).all(|(a, b)| a.to_bits() == b.to_bits());
         prop_assert!(same && got.logits.len() * TOKENS.len() == want.logits.len() * count);
+    }
+}
+
+/// An image in memory that can be read where it is takes no memory for weights, reads nothing, and has the same bits;
+/// the least arena is exact here too.
+#[test]
+fn a_mapped_image_is_used_where_it_is() {
+    for (name, image) in images() {
+        let want = run(&image, &Setup::default(), &TOKENS).unwrap();
+        let got = run_mapped(&image, &Setup::default(), &TOKENS).unwrap();
+        assert_same(&name, &got, &want);
+        assert_eq!((got.plan.tables, got.plan.resident, got.plan.pool), (0, 0, 0), "{name}");
+        assert_eq!((got.stats.unit_bytes, got.stats.resident_bytes, got.stats.misses), (0, 0, 0), "{name}");
+        let least = Setup { arena: Some(got.plan.least), ..Setup::default() };
+        assert_same(&name, &run_mapped(&image, &least, &TOKENS).unwrap(), &want);
+        let less = Setup { arena: Some(got.plan.least - 4096), ..Setup::default() };
+        let refused = run_mapped(&image, &less, &TOKENS).unwrap_err().to_string();
+        assert!(refused.contains(&got.plan.least.to_string()), "{name}: {refused}");
     }
 }

@@ -2,7 +2,7 @@
 
 use forebay::convert::{ConvertOptions, WeightChoice};
 use forebay_conformance::hostile::{parts, reseal};
-use forebay_conformance::{Run, Setup, arena_memory, arena_of, fixtures, image_of, plan, run, run_on};
+use forebay_conformance::{Run, Setup, arena_memory, arena_of, fixtures, image_of, plan, run, run_mapped, run_on};
 use forebay_storage::MemoryStore;
 use proptest::prelude::*;
 
@@ -29,10 +29,17 @@ fn truncated_anywhere() {
         parts(&image).into_iter().flat_map(|(_, r)| [r.start, r.start + 1, r.end - 1, r.end]).collect();
     cuts.extend([0, 1, 63, 64, 4095, 4096, 8191, 8192, image.len() / 2, image.len() - 512, image.len() - 1]);
     for cut in cuts {
-        let error = bounded(&image[..cut.min(image.len() - 1)]).expect_err("a truncated image");
-        let message = error.to_string();
-        assert!(!message.contains("internal error"), "cut at {cut}: {message}");
+        for bounded in [bounded, bounded_mapped] {
+            let error = bounded(&image[..cut.min(image.len() - 1)]).expect_err("a truncated image");
+            let message = error.to_string();
+            assert!(!message.contains("internal error"), "cut at {cut}: {message}");
+        }
     }
+}
+
+/// The same of an image that is used where it lies.
+fn bounded_mapped(image: &[u8]) -> anyhow::Result<Run> {
+    run_mapped(image, &Setup { arena: Some(16 << 20), ..Setup::default() }, &TOKENS)
 }
 
 /// Whatever byte is flipped, the logits are right or there is an error that says where.
@@ -45,8 +52,9 @@ fn flipped_bytes() {
         positions.extend(range.clone().step_by((range.len() / 60).max(1)));
     }
     positions.extend((8192..image.len()).step_by(997));
+    let ways = [bounded, bounded_mapped];
     let mut errors = 0;
-    for at in positions {
+    for (at, bounded) in positions.into_iter().flat_map(|at| ways.map(|way| (at, way))) {
         let mut damaged = image.clone();
         damaged[at] ^= 0x10;
         match bounded(&damaged) {
@@ -60,7 +68,7 @@ fn flipped_bytes() {
             }
         }
     }
-    assert!(errors > 300, "only {errors} flips were noticed");
+    assert!(errors > 600, "only {errors} flips were noticed");
 }
 
 #[test]
@@ -137,8 +145,10 @@ proptest! {
             }
         }
         reseal(&mut image);
-        if let Err(error) = bounded(&image) {
-            prop_assert!(!error.to_string().contains("internal error"), "{error}");
+        for result in [bounded(&image), bounded_mapped(&image)] {
+            if let Err(error) = result {
+                prop_assert!(!error.to_string().contains("internal error"), "{error}");
+            }
         }
     }
 }

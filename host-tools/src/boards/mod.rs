@@ -145,7 +145,7 @@ pub const BOARDS: &[Board] = &[
         machine: "Arm MPS2 with AN386, Cortex-M4F, run in QEMU only",
         target: "thumbv7em-none-eabihf",
         ram: 4 << 20,
-        arena: 2656 << 10,
+        arena: 384 << 10,
         stack: 40 << 10,
         media: &[mapped_flash(16 << 20, 10 * MB)],
     },

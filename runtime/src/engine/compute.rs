@@ -275,6 +275,7 @@ impl<'a> Engine<'a> {
             (layer.shape, layer.unit_base + u32::from(unit), layer.sparse)
         };
         let (n, hidden, width) = (self.count, self.model.hidden(), shape.unit_width);
+        let mapped = self.mapped_unit(index, unit, levels);
         let b = &mut self.buffers;
         let chosen = &b.choices[..if shape.router == Router::All { 0 } else { n * shape.top_k }];
         // Which (token, rank) pairs use the unit; a dense layer's units are used by every token.
@@ -293,7 +294,7 @@ impl<'a> Engine<'a> {
         let mut bytes: [&[u8]; MAX_LEVELS] = [&[]; MAX_LEVELS];
         let (page, pieces) = (self.model.page(), self.pool.directory.pieces());
         if pieces == 1 {
-            let whole = self.pool.get(id).ok_or(missing)?;
+            let whole = mapped.or_else(|| self.pool.get(id)).ok_or(missing)?;
             bytes = shape.unit.split(levels.into(), page, whole).ok_or(missing)?;
         } else {
             for (level, bytes) in bytes.iter_mut().enumerate().take(levels.into()) {

@@ -20,7 +20,7 @@ use crate::arena::{Arena, OutOfArena, PAGE};
 use crate::cache::{Directory, Entry, UnitUse};
 use crate::model::record::{NO_LAYER, Operator, Router};
 use crate::model::{LayerShape, Model};
-use crate::open::Image;
+use crate::open::{Image, part};
 use crate::plan::{Plan, kv_shape, unit_levels};
 pub use crate::policy::Choice;
 use crate::pool::Pool;
@@ -283,6 +283,8 @@ struct Buffers<'a> {
 #[derive(Debug)]
 pub struct Engine<'a> {
     model: Model<'a>,
+    /// The image, if it is mapped: units and resident tensors are used where they are.
+    mapped: Option<&'a [u8]>,
     plan: Plan,
     layers: &'a mut [Option<LayerState<'a>>],
     global: Group<'a>,
@@ -323,7 +325,16 @@ fn cut<'a>(pages: &mut &'a mut [u8], len: usize) -> &'a mut [u8] {
 }
 
 impl<'a> Group<'a> {
-    fn new(buf: &'a mut [u8]) -> Self {
+    /// The tensors from `offset` on, `len` bytes: in a mapped image, or to be read into the next of `pages`.
+    fn new(image: Option<&'a [u8]>, pages: &mut &'a mut [u8], (offset, len): (u64, u64)) -> Result<Self, EngineError> {
+        if let Some(image) = image {
+            let bytes = part(image, offset, len).ok_or(EngineError::LogicBug("tensors outside of the image"))?;
+            return Ok(Self::Ready(bytes));
+        }
+        Ok(Self::of(cut(pages, len as usize)))
+    }
+
+    fn of(buf: &'a mut [u8]) -> Self {
         if buf.is_empty() { Self::Ready(&[]) } else { Self::Waiting(buf) }
     }
 
@@ -342,11 +353,12 @@ impl<'a> Engine<'a> {
         let model = *image.model();
         // Everything that devices fill comes first, in one piece: then no byte is lost to alignment.
         let mut pages = arena.pages((plan.resident + plan.pool) as usize)?;
-        let global = Group::new(cut(&mut pages, model.group(NO_LAYER).1 as usize));
+        let mapped = image.mapped();
+        let global = Group::new(mapped, &mut pages, model.group(NO_LAYER))?;
         let mut failed = None;
         let (mut index, mut unit_base) = (0, 0);
         let layers = arena.table(model.layer_count(), || {
-            let layer = LayerState::new(&model, &plan, arena, &mut pages, index, unit_base);
+            let layer = LayerState::new(&model, &plan, arena, (mapped, &mut pages), index, unit_base);
             index += 1;
             layer.inspect(|l| unit_base += l.shape.units as u32).map_err(|e| failed = Some(e)).ok()
         })?;
@@ -354,7 +366,7 @@ impl<'a> Engine<'a> {
             return Err(error);
         }
         let slots = arena.table(plan.slots, || Some(cut(&mut pages, plan.slot_len as usize)))?;
-        let units = model.unit_count();
+        let units = if mapped.is_some() { 0 } else { model.unit_count() };
         let directory = Directory::new(
             arena.table(plan.slots, Entry::default)?,
             arena.table(units * plan.pieces, || 0)?,
@@ -388,6 +400,7 @@ impl<'a> Engine<'a> {
         };
         Ok(Self {
             model,
+            mapped,
             plan,
             layers,
             global,
@@ -594,12 +607,12 @@ impl<'a> LayerState<'a> {
         model: &Model<'_>,
         plan: &Plan,
         arena: &Arena<'a>,
-        pages: &mut &'a mut [u8],
+        (mapped, pages): (Option<&'a [u8]>, &mut &'a mut [u8]),
         index: usize,
         unit_base: u32,
     ) -> Result<Self, EngineError> {
         let shape = model.layer(index).ok_or(EngineError::LogicBug("a layer that does not exist"))?;
-        let group = Group::new(cut(pages, model.group(index as u16).1 as usize));
+        let group = Group::new(mapped, pages, model.group(index as u16))?;
         let (cache, taps) = match shape.operator {
             Operator::Attention => (kv_shape(&shape, plan.limits.context).bytes(plan.limits.kv), 0),
             Operator::ShortConv => (0, shape.taps - 1),

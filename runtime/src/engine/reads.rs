@@ -8,6 +8,7 @@ use super::{
 };
 use crate::cache::{Claim, Residency};
 use crate::model::record::{NO_LAYER, Router};
+use crate::open::part;
 use crate::policy::{Loading, Source};
 
 /// A run of levels of a unit that is read and kept as one.
@@ -198,8 +199,17 @@ impl<'a> Engine<'a> {
         }
     }
 
+    /// The first `levels` levels of a unit of a mapped image.
+    pub(super) fn mapped_unit(&self, layer: usize, unit: u16, levels: u8) -> Option<&'a [u8]> {
+        let record = self.unit_record(layer as u16, unit)?;
+        part(self.mapped?, record.offset(), record.prefix_len(levels.into()))
+    }
+
     /// Levels of unit `id` (over all layers) that are resident, and that are resident or on their way.
     pub(super) fn levels_held(&self, layer: usize, id: u32) -> (u8, u8) {
+        if let (Some(_), Ok(state)) = (self.mapped, self.layer(layer)) {
+            return (state.levels, state.levels);
+        }
         let (ready, coming) = self.pool.directory.held(id);
         match (self.pool.directory.pieces(), self.layer(layer)) {
             (1, Ok(state)) => (ready * state.levels, coming * state.levels),
@@ -209,6 +219,9 @@ impl<'a> Engine<'a> {
 
     /// The first piece of a unit that is neither resident nor on its way, of those that `levels` levels take.
     fn missing_piece(&self, id: u32, levels: u8) -> Option<u32> {
+        if self.mapped.is_some() {
+            return None;
+        }
         let pieces = self.pool.directory.pieces();
         let wanted = if pieces == 1 { 1 } else { u32::from(levels) };
         let mut all = id * pieces..id * pieces + wanted.min(pieces);

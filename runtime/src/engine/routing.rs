@@ -152,7 +152,11 @@ impl Engine<'_> {
         let (shape, full, base) = (layer.shape, layer.levels, layer.unit_base);
         let directory = &self.pool.directory;
         let by_piece = directory.pieces() == 1;
+        let mapped = self.mapped.is_some();
         let held = |unit: u16| {
+            if mapped {
+                return Held { ready: full, coming: full };
+            }
             let (ready, coming) = directory.held(base + u32::from(unit));
             match by_piece {
                 true => Held { ready: ready * full, coming: coming * full },

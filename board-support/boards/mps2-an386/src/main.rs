@@ -14,8 +14,8 @@ use forebay_board::stack::Stack;
 use forebay_board::{flash, semihost};
 use static_cell::ConstStaticCell;
 
-/// The memory that the model lives in: with the stack, less than a third of the bundled model's image.
-const ARENA: usize = 2656 << 10;
+/// The memory that the model lives in; its weights stay in flash.
+const ARENA: usize = 384 << 10;
 
 /// Of the processor and of everything on the FPGA.
 const CLOCK_HERTZ: u32 = 25_000_000;
