@@ -260,7 +260,10 @@ impl Kernel {
         let elf = Elf::new(&bytes);
         let stacks: usize = elf.sections().filter(|s| matches!(s.0, ".stack" | ".core_stacks")).map(|s| s.3).sum();
         assert!(stacks > 0, "no stack was linked");
-        (elf.symbols("ARENA_MEMORY") as u64, (stacks + elf.symbols("TRAP_STACK")) as u64)
+        // The cell around the arena has a flag, which the arena's alignment gives a page of its own.
+        const FLAG: usize = 4096;
+        let arena = elf.symbols("ARENA_MEMORY").saturating_sub(FLAG);
+        (arena as u64, (stacks + elf.symbols("TRAP_STACK")) as u64)
     }
 }
 
