@@ -5,6 +5,7 @@ pub mod boards;
 pub mod convert;
 pub mod gguf;
 pub mod inspect;
+pub mod moments;
 pub mod neurons;
 pub mod profile;
 pub mod quantize;

@@ -471,6 +471,42 @@ fn neurons_are_calibrated_and_left_out() {
     }
 }
 
+/// Perplexity of `text` with the first `levels` levels of every unit.
+fn perplexity_at(image: &str, text: &str, levels: &str) -> f64 {
+    let args = ["perplexity", image, "-f", text, "-c", "128", "--chunks", "4", "--levels", levels, "--json"];
+    serde_json::from_str::<Value>(&stdout(&args)).unwrap()["perplexity"].as_f64().unwrap()
+}
+
+/// Converting with the moments of a text makes low precision better, on a text that it has not seen.
+#[test]
+fn moments_are_recorded_and_used() {
+    let folder = scratch("moments");
+    let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    let (seen, unseen, moments) = (path("seen"), path("unseen"), path("moments"));
+    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/smollm2/austen.txt"));
+    let text = text.unwrap();
+    std::fs::write(&seen, &text[..10_000]).unwrap();
+    std::fs::write(&unseen, &text[10_000..]).unwrap();
+    let model = model();
+    let model = model.to_str().unwrap();
+    failure(2, &["calibrate", image(), "-f", &seen], &["--output"]);
+    failure(2, &["convert", model, "-o", &path("x"), "--prefix-weight", "1"], &["--moments"]);
+    failure(1, &["convert", model, "-o", &path("x"), "--moments", &seen], &["forebay calibrate --moments"]);
+    stdout(&["calibrate", image(), "-f", &seen, "--moments", &moments, "-c", "128"]);
+
+    let (plain, better) = (path("plain.fby"), path("better.fby"));
+    stdout(&["convert", model, "-o", &plain]);
+    let convert = ["convert", model, "-o", &better, "--moments", &moments];
+    stdout(&convert);
+    let bytes = std::fs::read(&better).unwrap();
+    stdout(&convert);
+    assert_eq!(bytes, std::fs::read(&better).unwrap(), "the same image every time");
+    let (low, low_better) = (perplexity_at(&plain, &unseen, "1"), perplexity_at(&better, &unseen, "1"));
+    assert!(low_better < low, "{low_better}, without moments {low}");
+    let (full, full_better) = (perplexity_at(&plain, &unseen, "2"), perplexity_at(&better, &unseen, "2"));
+    assert!(full_better < 1.02 * full, "{full_better}, without moments {full}");
+}
+
 /// The bundled model with a chat template, as an image.
 fn chat_image() -> String {
     let folder = scratch("chat");

@@ -44,7 +44,7 @@ fn neurons(case: &str, width: u32) -> NeuronPlan {
             dense.insert(l as u16, vec![1.0; layer.units * layer.unit_width]);
         }
     }
-    let settings = Settings { width, scoring: Scoring::Linear };
+    let settings = Settings { width, step: 1, scoring: Scoring::Linear };
     let mut calibration = Calibration::new(settings, opened.model().hidden(), dense);
     let limits = setup.limits(arena.len() as u64);
     let mut engine = Engine::new(&opened, Plan::new(&opened, limits).unwrap(), &arena, 4).unwrap();

@@ -8,8 +8,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
+use forebay::moments::Recorder;
 use forebay::neurons::{Calibration, LayerReport, SHARES, Scoring, Settings};
 use forebay_kernels::matmul::row_to_f32;
+use forebay_runtime::drive::Observer;
 use forebay_runtime::engine::Output;
 use forebay_runtime::model::record::Router;
 use forebay_runtime::model::{MAX_UNITS, Model};
@@ -18,7 +20,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use super::{MachineArgs, ModelArgs, Wanted, check_output};
-use crate::host::session::{self, Extra, ImageFile};
+use crate::host::session::{self, Extra, ImageFile, Session};
 
 /// Neurons of a cluster are a multiple of this: of the rows that kernels take together, and of a group of weights.
 const STEP: usize = 32;
@@ -40,12 +42,19 @@ pub struct CalibrateArgs {
     /// The text
     #[arg(short, long, value_name = "TEXT")]
     file: PathBuf,
-    /// The file to write
-    #[arg(short, long, value_name = "NEURONS")]
-    output: PathBuf,
+    /// The neuron plan to write, for `forebay convert --neurons`
+    #[arg(short, long, value_name = "NEURONS", required_unless_present = "moments")]
+    output: Option<PathBuf>,
+    /// The second moments to write of what the streamed matrices are applied to, for `forebay convert --moments`
+    #[arg(long, value_name = "MOMENTS")]
+    moments: Option<PathBuf>,
     /// Neurons of a cluster: a multiple of 32, and of the group that a conversion is given
     #[arg(long, value_name = "N", default_value = "32", value_parser = width)]
     cluster_neurons: u32,
+    /// Move neurons 32 at a time, as they share scales in a GGUF file: its codes are then kept exactly, at the price of
+    /// clusters that follow less what is active together
+    #[arg(long)]
+    keep_groups: bool,
     /// Tokens of the text that are used
     #[arg(long, value_name = "N", default_value = "4096", value_parser = super::positive)]
     tokens: usize,
@@ -116,15 +125,40 @@ fn lengths(file: &ImageFile, model: &Model<'_>) -> Result<BTreeMap<u16, Vec<f32>
     Ok(all)
 }
 
+/// The text, to be computed once or more.
+struct Pass<'s, 'a, 'f, 't> {
+    session: &'s mut Session<'a, 'f>,
+    tokens: &'t mut [u32],
+    context: usize,
+    bos: Option<u32>,
+    bar: &'t ProgressBar,
+}
+
+impl Pass<'_, '_, '_, '_> {
+    /// Computes the text with `observer` watching; `begin` tells it of a sequence and its length.
+    fn run<O: Observer>(&mut self, observer: &mut O, begin: impl Fn(&mut O, usize)) -> Result<()> {
+        for chunk in self.tokens.chunks_mut(self.context) {
+            self.session.reset()?;
+            if let Some(bos) = self.bos {
+                chunk[0] = bos;
+            }
+            begin(observer, chunk.len());
+            self.session.watch(chunk, Output::None, observer)?;
+            self.bar.inc(chunk.len() as u64);
+        }
+        Ok(())
+    }
+}
+
 pub fn main(args: &CalibrateArgs) -> Result<()> {
     let backend = args.machine.backend()?;
-    check_output(&args.output)?;
+    args.output.iter().chain(&args.moments).try_for_each(|path| check_output(path))?;
     let what = || format!("reading {}", args.file.display());
     let bytes = std::fs::read(&args.file).with_context(what)?;
     let text = String::from_utf8(bytes).context("it is not UTF-8 text").with_context(what)?;
     let found = args.model.find()?;
     let path = found.file.path.display();
-    let (setup, mut tokens, bos, hidden, lengths) = found.file.probe(|image, tokenizer| {
+    let (setup, mut tokens, bos, recorder, hidden, lengths) = found.file.probe(|image, tokenizer| {
         let model = image.model();
         ensure!(
             (0..model.layer_count() as u16).all(|l| !model.predicts(l)),
@@ -142,8 +176,16 @@ pub fn main(args: &CalibrateArgs) -> Result<()> {
         );
         tokens.truncate(args.tokens.max(LEAST));
         let context = args.context.unwrap_or(512).min(model.context());
-        let lengths = lengths(&found.file, model).with_context(|| format!("reading {path}"))?;
-        ensure!(!lengths.is_empty(), "{path} has no dense layers, so there are no neurons to put in order");
+        let units = (0..model.layer_count()).filter_map(|l| model.layer(l)).map(|l| (l.units, l.unit_width));
+        let recorder = args.moments.as_ref().map(|_| Recorder::new(model.hidden(), units));
+        let lengths = match &args.output {
+            Some(_) => lengths(&found.file, model).with_context(|| format!("reading {path}"))?,
+            None => BTreeMap::new(),
+        };
+        ensure!(
+            args.output.is_none() || !lengths.is_empty(),
+            "{path} has no dense layers, so there are no neurons to put in order"
+        );
         let width = args.cluster_neurons as usize;
         if let Some((l, neurons)) = lengths.iter().find(|(_, n)| n.len().div_ceil(width) > MAX_UNITS) {
             anyhow::bail!(
@@ -154,10 +196,11 @@ pub fn main(args: &CalibrateArgs) -> Result<()> {
         let extra = Extra::default();
         let wanted = Wanted { context, batch: context, logit_rows: 1, extra, with_tokenizer: false };
         let setup = args.machine.setup(&found, image, backend, wanted)?;
-        Ok((setup, tokens, bos, model.hidden(), lengths))
+        Ok((setup, tokens, bos, recorder, model.hidden(), lengths))
     })?;
     let context = setup.plan.limits.context;
-    let bar = ProgressBar::new(2 * tokens.len() as u64);
+    let runs = if args.output.is_some() { 2 } else { 0 } + u64::from(args.moments.is_some());
+    let bar = ProgressBar::new(runs * tokens.len() as u64);
     if let Ok(style) = ProgressStyle::with_template("[{bar:30}] {pos}/{len} tokens {eta} {msg}") {
         bar.set_style(style.progress_chars("=> "));
     }
@@ -166,30 +209,31 @@ pub fn main(args: &CalibrateArgs) -> Result<()> {
         ScoringArg::Mean => Scoring::Mean,
         ScoringArg::Random => Scoring::Random,
     };
-    let settings = Settings { width: args.cluster_neurons, scoring };
+    let step = if args.keep_groups { STEP as u32 } else { 1 };
+    let settings = Settings { width: args.cluster_neurons, step, scoring };
     let mut calibration = Calibration::new(settings, hidden, lengths);
+    let mut recorder = recorder;
     session::run(&found.file, setup, |session| {
-        for second in [false, true] {
-            if second {
-                bar.set_message("clustering");
-                calibration.begin_second();
-                bar.set_message("");
-            }
-            for chunk in tokens.chunks_mut(context) {
-                session.reset()?;
-                if let Some(bos) = bos {
-                    chunk[0] = bos;
-                }
-                calibration.begin_sequence(chunk.len());
-                session.watch(chunk, Output::None, &mut calibration)?;
-                bar.inc(chunk.len() as u64);
-            }
+        let mut pass = Pass { session, tokens: &mut tokens, context, bos, bar: &bar };
+        if let Some(recorder) = &mut recorder {
+            pass.run(recorder, |_, _| ())?;
+        }
+        if args.output.is_some() {
+            pass.run(&mut calibration, Calibration::begin_sequence)?;
+            bar.set_message("clustering");
+            calibration.begin_second();
+            bar.set_message("");
+            pass.run(&mut calibration, Calibration::begin_sequence)?;
         }
         Ok(())
     })?;
     bar.finish_and_clear();
+    if let (Some(recorder), Some(path)) = (recorder, &args.moments) {
+        recorder.write(path)?;
+    }
+    let Some(output) = &args.output else { return Ok(()) };
     let (plan, layers) = calibration.finish()?;
-    plan.write(&args.output)?;
+    plan.write(output)?;
     let report = Report { tokens: tokens.len(), cluster_neurons: args.cluster_neurons, shares: SHARES, layers };
     let mut out = std::io::stdout().lock();
     if args.json {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use clap::Args;
 use forebay::convert::{ConvertOptions, convert};
+use forebay::moments::Moments;
 use forebay::neurons::NeuronPlan;
 
 use super::{WeightArgs, check_output};
@@ -28,6 +29,18 @@ pub struct ConvertArgs {
     /// token needs
     #[arg(long, value_name = "NEURONS")]
     neurons: Option<PathBuf>,
+    /// Choose the codes of streamed weights anew where a GGUF file's own could be kept: they then suit the first levels
+    /// alone too, but are no longer exactly those of the file
+    #[arg(long)]
+    requantize: bool,
+    /// Let errors of streamed weights count as much as they matter to a text, which `forebay calibrate --moments` found
+    /// out; codes are chosen anew
+    #[arg(long, value_name = "MOMENTS")]
+    moments: Option<PathBuf>,
+    /// With --moments: what errors of the first levels of a unit alone count, those of all its levels counting 1. More makes
+    /// low precision better and full precision worse
+    #[arg(long, value_name = "X", default_value = "0.2", requires = "moments", value_parser = super::factor)]
+    prefix_weight: f32,
     /// Report as JSON
     #[arg(long)]
     json: bool,
@@ -37,8 +50,15 @@ pub fn main(args: &ConvertArgs) -> Result<()> {
     use std::io::Write;
     check_output(&args.output)?;
     let neurons = args.neurons.as_deref().map(NeuronPlan::read).transpose()?.map(Arc::new);
-    let options =
-        ConvertOptions { neurons, page: u32::try_from(args.page.bytes).unwrap_or(u32::MAX), ..args.weights.options() };
+    let moments = args.moments.as_deref().map(Moments::open).transpose()?.map(Arc::new);
+    let options = ConvertOptions {
+        neurons,
+        moments,
+        requantize: args.requantize,
+        prefix_weight: args.prefix_weight,
+        page: u32::try_from(args.page.bytes).unwrap_or(u32::MAX),
+        ..args.weights.options()
+    };
     let mut bar = Bar::new("converting");
     let report = convert(&args.model, &args.output, &options, &mut bar);
     bar.finish();

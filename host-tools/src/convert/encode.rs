@@ -2,6 +2,7 @@
 
 use core::ops::Range;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use forebay_kernels::pack::pack_row_block;
@@ -9,7 +10,7 @@ use forebay_kernels::weights::{Encoding, Group, MatrixShape, Quant, ROW_BLOCK};
 use half::{bf16, f16};
 use serde::Serialize;
 
-use crate::quantize::{Grid, Prefix, quantise_nested};
+use crate::quantize::{Feedback, Grid, Prefix, Row, quantise_nested, quantise_row};
 use crate::source::{DType, Source, SourceTensor, half_at};
 
 /// A matrix inside a source tensor.
@@ -51,6 +52,13 @@ impl View<'_> {
             Some(dim) => deinterleave(row, dim),
         };
         self.first_row + u64::from(row)
+    }
+
+    /// Whether columns are taken in whole groups of 32, which share scales in a GGUF file.
+    fn whole_groups(&self) -> bool {
+        let Some(Picked::Cols(cols)) = self.picked else { return true };
+        let whole = |group: &[u32]| group[0].is_multiple_of(32) && (group[0]..).zip(group).all(|(a, b)| a == *b);
+        cols.chunks(32).all(whole)
     }
 }
 
@@ -124,6 +132,8 @@ pub(super) struct Scratch {
     codes: Vec<u8>,
     scales: Vec<f16>,
     minima: Vec<f16>,
+    wanted: Vec<f32>,
+    gathered: Vec<u8>,
 }
 
 /// The grid of a quantised encoding.
@@ -142,31 +152,43 @@ pub(super) fn imports(dtype: DType, q: Quant) -> bool {
     q.group == Group::G32 && grid(q) == same
 }
 
-/// Sums over a matrix's weights that give the gains of the precisions below its own.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Gains {
-    /// Those precisions: 1 level, 2 levels, ...
+/// What the codes of a matrix are chosen for, and the sums over its weights that give the gains of the precisions below
+/// its own.
+#[derive(Default)]
+pub(super) struct Aims {
+    /// Whether codes of the source are given up for ones that suit this better.
+    pub anew: bool,
+    /// Which errors matter; `None`: all the same.
+    pub feedback: Option<Arc<Feedback>>,
+    /// The precisions below: 1 level, 2 levels, ...
     prefixes: Vec<Prefix>,
     /// For each of them the sums of weight x value and of value squared.
     sums: Vec<(f64, f64)>,
 }
 
-impl Gains {
-    /// Of a matrix of `shape` in a unit; none if it has one level.
-    pub fn new(shape: &MatrixShape) -> Self {
+impl Aims {
+    /// For a matrix of `shape` in a unit; it has no precisions below if it has one level.
+    /// With feedback, the squared error of a prefix counts `prefix_weight`.
+    pub fn new(shape: &MatrixShape, anew: bool, feedback: Option<Arc<Feedback>>, prefix_weight: f32) -> Self {
         let Encoding::Quant(q) = shape.encoding else { return Self::default() };
+        let feedback = feedback.filter(|_| q.fields.bits() <= 4);
         let mut dropped = q.fields.bits();
         let mut prefixes = Vec::new();
         for width in &q.fields.widths()[..q.fields.count() - 1] {
             dropped -= width;
-            prefixes.push(Prefix::new(dropped));
+            prefixes.push(match feedback {
+                Some(_) => Prefix::with_feedback(dropped, prefix_weight),
+                None => Prefix::new(dropped),
+            });
         }
-        Self { sums: vec![(0.0, 0.0); prefixes.len()], prefixes }
+        Self { anew, feedback, sums: vec![(0.0, 0.0); prefixes.len()], prefixes }
     }
 
-    /// The gain of each precision, by least squares.
-    pub fn fitted(&self) -> impl Iterator<Item = f32> {
-        self.sums.iter().map(|&(xv, vv)| if vv > 0.0 { (xv / vv) as f32 } else { 1.0 })
+    /// The gain of each precision, by least squares; that for which codes were chosen, if they were with feedback.
+    pub fn gains(&self) -> impl Iterator<Item = f32> {
+        let fitted = |&(xv, vv): &(f64, f64)| if vv > 0.0 { (xv / vv) as f32 } else { 1.0 };
+        let chosen = self.feedback.is_some();
+        self.prefixes.iter().zip(&self.sums).map(move |(p, sums)| if chosen { p.gain } else { fitted(sums) })
     }
 
     /// Adds a group: its weights, and what they are stored as.
@@ -183,7 +205,7 @@ impl Gains {
 
 /// Encodes the row blocks `blocks` of `view` as a matrix of `shape`. `scales` and `fields` are these blocks'
 /// parts of the regions; for floats `fields[0]` has `ROW_BLOCK` rows a block, but for the last. Codes are chosen
-/// for the precisions of `gains` too, whose sums go there.
+/// as `aims` say, and sums for gains go there.
 #[expect(clippy::too_many_arguments, reason = "what is read, how it is stored, and where to")]
 pub(super) fn encode(
     source: &Source,
@@ -192,7 +214,7 @@ pub(super) fn encode(
     blocks: Range<usize>,
     scales: &mut [u8],
     fields: &mut [&mut [u8]],
-    gains: &mut Gains,
+    aims: &mut Aims,
     scratch: &mut Scratch,
 ) -> Result<Tally> {
     let mut tally = Tally::default();
@@ -205,8 +227,7 @@ pub(super) fn encode(
     let (groups, cols) = (shape.groups(), shape.cols as usize);
     let import =
         imports(source.dtype(view.tensor)?, q) && view.first_col.is_multiple_of(32) && view.cols.is_multiple_of(32);
-    // Columns of other groups share no scale.
-    let import = import && !matches!(view.picked, Some(Picked::Cols(_)));
+    let import = import && !aims.anew && view.whole_groups();
     let mut rest: Vec<&mut [u8]> = fields.iter_mut().map(|f| &mut **f).collect();
     let mut scales_rest = scales;
     for block in blocks {
@@ -229,9 +250,9 @@ pub(super) fn encode(
                 minima: &mut scratch.minima[r * groups..][..groups],
             };
             if import {
-                import_row(source, view, row, q, &mut scratch.raw, target, gains, &mut tally)?;
+                import_row(source, view, row, q, &mut scratch.raw, &mut scratch.gathered, target, aims, &mut tally)?;
             } else {
-                quantise_row(source, view, row, q, &scratch.row, target, gains, &mut tally)?;
+                requantise_row(source, view, row, q, &scratch.row, &mut scratch.wanted, target, aims, &mut tally)?;
             }
         }
         let (block_scales, after) = scales_rest.split_at_mut(shape.block_scale_bytes());
@@ -279,12 +300,24 @@ fn import_row(
     row: u64,
     q: Quant,
     raw: &mut Vec<u8>,
+    gathered: &mut Vec<u8>,
     target: Target<'_>,
-    gains: &mut Gains,
+    aims: &mut Aims,
     tally: &mut Tally,
 ) -> Result<()> {
-    source.read_raw(view.tensor, row, columns(view), raw)?;
     let dtype = source.dtype(view.tensor)?;
+    match view.picked {
+        Some(Picked::Cols(cols)) => {
+            gathered.clear();
+            for group in cols.chunks(32) {
+                let first = u64::from(group[0]);
+                source.read_raw(view.tensor, row, first..first + 32, raw)?;
+                gathered.extend_from_slice(raw);
+            }
+            core::mem::swap(raw, gathered);
+        }
+        _ => source.read_raw(view.tensor, row, columns(view), raw)?,
+    }
     let codes = target.codes.chunks_exact_mut(32);
     for (g, (block, codes)) in raw.chunks_exact(dtype.bytes()).zip(codes).enumerate() {
         let scale = half_at(block, 0);
@@ -305,7 +338,7 @@ fn import_row(
         }
         target.scales[g] = scale;
         target.minima[g] = minimum;
-        gains.add(grid(q), codes.iter().map(|&c| grid(q).weight(c, scale, minimum)), codes, scale, minimum);
+        aims.add(grid(q), codes.iter().map(|&c| grid(q).weight(c, scale, minimum)), codes, scale, minimum);
         tally.squared_value += codes.iter().map(|&c| f64::from(grid(q).weight(c, scale, minimum)).powi(2)).sum::<f64>();
     }
     tally.weights += u64::from(view.cols);
@@ -313,36 +346,47 @@ fn import_row(
 }
 
 #[expect(clippy::too_many_arguments, reason = "what is read, how it is stored, and where to")]
-fn quantise_row(
+fn requantise_row(
     source: &Source,
     view: &View<'_>,
     row: u64,
     q: Quant,
     values: &[f32],
+    wanted: &mut Vec<f32>,
     target: Target<'_>,
-    gains: &mut Gains,
+    aims: &mut Aims,
     tally: &mut Tally,
 ) -> Result<()> {
-    let len = q.group.len();
-    let groups = values.chunks(len).zip(target.codes.chunks_mut(len)).enumerate();
-    for (g, (x, codes)) in groups {
-        let (own, padding) = codes.split_at_mut(x.len());
-        let (scale, minimum) = quantise_nested(x, grid(q), &gains.prefixes, own).with_context(|| {
-            format!(
-                "{}: tensor {}, row {row}: weights up to {:e} are too large to quantise; convert with --weights f32",
-                source.file_name(view.tensor),
-                view.tensor.name,
-                x.iter().fold(0.0f32, |a, x| a.max(x.abs()))
-            )
-        })?;
-        // Columns of neurons that do not exist, in a group of some that do.
-        padding.fill(grid(q).zero_code(scale, minimum));
-        gains.add(grid(q), x.iter().copied(), own, scale, minimum);
-        for (x, code) in x.iter().zip(own) {
-            tally.compare(*x, grid(q).weight(*code, scale, minimum));
+    let (len, grid) = (q.group.len(), grid(q));
+    let too_large = |x: &[f32]| {
+        format!(
+            "{}: tensor {}, row {row}: weights up to {:e} are too large to quantise; convert with --weights f32",
+            source.file_name(view.tensor),
+            view.tensor.name,
+            x.iter().fold(0.0f32, |a, x| a.max(x.abs()))
+        )
+    };
+    if let Some(feedback) = &aims.feedback {
+        let codes = &mut target.codes[..values.len()];
+        let mut row = Row { codes, scales: &mut *target.scales, minima: &mut *target.minima };
+        quantise_row(values, feedback, grid, &aims.prefixes, len, wanted, &mut row)
+            .with_context(|| too_large(values))?;
+    } else {
+        for (g, (x, codes)) in values.chunks(len).zip(target.codes.chunks_mut(len)).enumerate() {
+            let own = &mut codes[..x.len()];
+            let (scale, minimum) = quantise_nested(x, grid, &aims.prefixes, own).with_context(|| too_large(x))?;
+            aims.add(grid, x.iter().copied(), own, scale, minimum);
+            (target.scales[g], target.minima[g]) = (scale, minimum);
         }
-        target.scales[g] = scale;
-        target.minima[g] = minimum;
+    }
+    for (g, (x, codes)) in values.chunks(len).zip(target.codes.chunks_mut(len)).enumerate() {
+        let (scale, minimum) = (target.scales[g], target.minima[g]);
+        let (own, padding) = codes.split_at_mut(x.len());
+        // Columns of neurons that do not exist, in a group of some that do.
+        padding.fill(grid.zero_code(scale, minimum));
+        for (x, code) in x.iter().zip(own) {
+            tally.compare(*x, grid.weight(*code, scale, minimum));
+        }
     }
     tally.weights += u64::from(view.cols);
     Ok(())

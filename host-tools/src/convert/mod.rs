@@ -26,6 +26,7 @@ pub use encode::{Tally, encoding_name};
 
 use crate::arch::{self, Architecture, FeedForward, Mixer, Model};
 use crate::gguf::{self, Gguf};
+use crate::moments::Moments;
 use crate::neurons::NeuronPlan;
 use crate::source::{Fields, Format, Key, Source, read_json};
 use crate::template::{self, Template};
@@ -114,6 +115,12 @@ pub struct ConvertOptions {
     pub threads: Option<usize>,
     /// Order, clusters and predictors of dense layers' neurons; sets their `unit_width`.
     pub neurons: Option<Arc<NeuronPlan>>,
+    /// Whether codes of a GGUF file's streamed weights are chosen anew, so that they suit all precisions of a unit.
+    pub requantize: bool,
+    /// Which errors of streamed weights matter; codes are chosen anew with it.
+    pub moments: Option<Arc<Moments>>,
+    /// With moments: what the squared error of a unit's first levels counts, that of the whole unit being 1.
+    pub prefix_weight: f32,
     /// Name of the model; `None` is the folder's or the GGUF file's.
     pub name: Option<String>,
 }
@@ -130,8 +137,18 @@ impl Default for ConvertOptions {
             unit_fields: None,
             threads: None,
             neurons: None,
+            requantize: false,
+            moments: None,
+            prefix_weight: 0.2,
             name: None,
         }
+    }
+}
+
+impl ConvertOptions {
+    /// Whether codes of streamed units are chosen here, even if the source has codes that could be kept.
+    const fn anew(&self) -> bool {
+        self.requantize || self.moments.is_some()
     }
 }
 
@@ -367,6 +384,9 @@ fn metadata(source: &Source, name: &str, label: &str, options: &ConvertOptions) 
             "page": options.page,
             "unit_width": options.unit_width,
             "neurons": options.neurons.as_ref().map(|plan| plan.width),
+            "requantize": options.anew(),
+            "moments": options.moments.is_some(),
+            "prefix_weight": options.moments.as_ref().map(|_| options.prefix_weight),
             "unit_fields": options.unit_fields.map(CodeFields::widths),
         },
         "weights": label,

@@ -10,6 +10,7 @@ use forebay_runtime::model::unit::UnitShape;
 use super::encode::{Picked, View, deinterleave};
 use super::{ConvertOptions, WeightChoice};
 use crate::arch::{Architecture, FeedForward, Layer, Mixer, Model, Presence, QkNorm, Slot};
+use crate::moments::Moments;
 use crate::neurons::NeuronPlan;
 use crate::quantize::{Grid, quantise_group};
 use crate::source::{DType, Source, SourceTensor};
@@ -47,6 +48,21 @@ pub(super) struct Units<'a> {
     pub shape: UnitShape,
     /// Gate, up and down of every unit.
     pub views: Vec<[View<'a>; 3]>,
+    /// Whether they are experts.
+    experts: bool,
+}
+
+impl Units<'_> {
+    /// The neurons of a unit, numbered over all units as they lie in the source.
+    pub fn neurons(&self, unit: usize) -> Vec<usize> {
+        let down = &self.views[unit][2];
+        let all = 0..down.cols as usize;
+        match down.picked {
+            Some(Picked::Cols(cols)) => cols.iter().map(|c| *c as usize).collect(),
+            _ if self.experts => all.map(|c| unit * down.cols as usize + c).collect(),
+            _ => all.map(|c| down.first_col as usize + c).collect(),
+        }
+    }
 }
 
 /// What an image will hold.
@@ -224,6 +240,9 @@ pub(super) fn plan<'a>(
 ) -> Result<Plan<'a>> {
     if let Some(neurons) = &options.neurons {
         check_neurons(neurons, model, options)?;
+    }
+    if let Some(moments) = &options.moments {
+        check_moments(moments, model)?;
     }
     let choice = options.weights.or_else(|| (!source.is_gguf()).then_some(WeightChoice::Q4));
     let unit_choice = options.unit_weights;
@@ -420,6 +439,7 @@ impl<'a> Parts<'a> {
             residents.push(Resident { layer, role, shape, content });
         }
         let neurons = options.neurons.as_ref().and_then(|plan| Some((plan.width, plan.layers.get(&layer)?)));
+        let experts = self.experts.is_some();
         let (unit_width, views) = match (self.experts, self.dense) {
             (Some(experts), _) => (self.width, experts),
             (None, Some(dense)) => {
@@ -474,7 +494,7 @@ impl<'a> Parts<'a> {
             add(Role::ClusterBias, Encoding::F32, neurons.bias.len(), &neurons.bias);
             add(Role::ClusterThresholds, Encoding::F32, neurons.thresholds.len(), &neurons.thresholds);
         }
-        Ok((residents, Units { shape, views }))
+        Ok((residents, Units { shape, views, experts }))
     }
 }
 
@@ -554,6 +574,35 @@ fn check_neurons(neurons: &NeuronPlan, model: &Model, options: &ConvertOptions) 
             "the neuron plan has {} for layer {l}, but the model has {} there; {remedy}",
             text(planned),
             text(found)
+        );
+    }
+    Ok(())
+}
+
+/// Refuses moments of another model.
+fn check_moments(moments: &Moments, model: &Model) -> Result<()> {
+    let remedy = "calibrate an image of this very model";
+    ensure!(
+        moments.layer_count() == model.layers.len(),
+        "the moments are of {} layers, but the model has {}; {remedy}",
+        moments.layer_count(),
+        model.layers.len()
+    );
+    for (l, layer) in (0u16..).zip(&model.layers) {
+        let Some((neurons, hidden)) = moments.shape(l) else { continue };
+        // Those of a dense layer are filled up to whole units.
+        let (fits, expected) = match &layer.feed_forward {
+            FeedForward::Dense { width, .. } => (neurons >= *width as usize, *width as usize),
+            FeedForward::Experts { count, width, .. } => {
+                let expected = *count as usize * *width as usize;
+                (neurons == expected, expected)
+            }
+        };
+        ensure!(
+            fits && hidden == model.hidden as usize,
+            "the moments of layer {l} are of {neurons} neurons and an input of {hidden}, but the model has {expected} and \
+             {}; {remedy}",
+            model.hidden
         );
     }
     Ok(())

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
 
 use anyhow::{Context, Result, bail};
 use forebay_kernels::weights::{Encoding, MatrixShape, ROW_BLOCK};
@@ -17,9 +17,10 @@ use forebay_storage::image::{
 use half::f16;
 use zerocopy::IntoBytes;
 
-use super::encode::{Gains, Scratch, Tallies, encode, encoding_name};
-use super::plan::{Content, Plan, Resident, Units};
+use super::encode::{Aims, Scratch, Tallies, encode, encoding_name};
+use super::plan::{Content, Plan, Resident};
 use super::{ConvertOptions, Progress, Tally};
+use crate::quantize::Feedback;
 use crate::source::Source;
 use crate::temporary::Temporary;
 
@@ -222,10 +223,10 @@ pub(super) fn write(
     let jobs = jobs(plan);
     progress.set_total(layout.image_len);
 
+    let work = Work { source, plan, layout: &layout, file, options, inputs: Mutex::default() };
     let threads = options.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let threads = threads.clamp(1, jobs.len().max(1));
-    let results =
-        run(&jobs, threads, progress, |job, scratch| encode_job(source, plan, &layout, file, page, job, scratch))?;
+    let results = run(&jobs, threads, progress, |job, scratch| work.encode(job, scratch))?;
 
     let mut tallies = Tallies::new();
     let mut unit_crcs = results.iter().map(|done| &done.crcs).filter(|crcs| !crcs.is_empty());
@@ -323,25 +324,44 @@ fn run(
     }
 }
 
-fn encode_job(
-    source: &Source,
-    plan: &Plan<'_>,
-    layout: &Layout,
-    file: &File,
-    page: u32,
-    job: &Job,
-    scratch: &mut Scratch,
-) -> Result<Done> {
-    match *job {
-        Job::Rows { index, from, to } => {
-            let resident = &plan.residents[index];
-            encode_resident(source, resident, layout.tensors[index], file, from, to, scratch)
+/// What all pieces of work have in common.
+struct Work<'a> {
+    source: &'a Source,
+    plan: &'a Plan<'a>,
+    layout: &'a Layout,
+    file: &'a File,
+    options: &'a ConvertOptions,
+    /// What the moments say about the input of the layers in work.
+    inputs: Mutex<Vec<(usize, Arc<Feedback>)>>,
+}
+
+impl Work<'_> {
+    fn encode(&self, job: &Job, scratch: &mut Scratch) -> Result<Done> {
+        match *job {
+            Job::Rows { index, from, to } => {
+                let resident = &self.plan.residents[index];
+                encode_resident(self.source, resident, self.layout.tensors[index], self.file, from, to, scratch)
+            }
+            Job::Unit { layer, unit } => self.encode_unit(layer, unit, scratch),
         }
-        Job::Unit { layer, unit } => {
-            let units = &plan.units[layer];
-            let extent = &layout.extents[layout.first_units[layer] + unit];
-            encode_unit(source, units, unit, extent, file, page, scratch)
+    }
+
+    /// What is known about errors of matrix `m` of a unit.
+    fn feedback(&self, layer: usize, unit: usize, m: usize) -> Result<Option<Arc<Feedback>>> {
+        let Some(moments) = &self.options.moments else { return Ok(None) };
+        if m == 2 {
+            let neurons = self.plan.units[layer].neurons(unit);
+            return Ok(Some(Arc::new(moments.neurons(layer as u16, &neurons)?)));
         }
+        let mut inputs = self.inputs.lock().expect("no thread has panicked");
+        if let Some((_, known)) = inputs.iter().find(|(l, _)| *l == layer) {
+            return Ok(Some(Arc::clone(known)));
+        }
+        let found = Arc::new(moments.input(layer as u16)?);
+        // Threads work on neighbouring units, so the layers in work are few.
+        inputs.truncate(1);
+        inputs.insert(0, (layer, Arc::clone(&found)));
+        Ok(Some(found))
     }
 }
 
@@ -373,7 +393,7 @@ fn encode_resident(
     let (scales, fields) = buffers.split_at_mut(1);
     let mut fields: Vec<&mut [u8]> = fields.iter_mut().map(Vec::as_mut_slice).collect();
     // Resident tensors are always read whole.
-    let tally = encode(source, view, shape, from..to, &mut scales[0], &mut fields, &mut Gains::default(), scratch)?;
+    let tally = encode(source, view, shape, from..to, &mut scales[0], &mut fields, &mut Aims::default(), scratch)?;
     let mut bytes = 0;
     for ((at, _), buffer) in parts.iter().zip(&buffers) {
         file.write_all_at(buffer, offset + at)?;
@@ -410,53 +430,54 @@ impl Regions {
     }
 }
 
-fn encode_unit(
-    source: &Source,
-    units: &Units<'_>,
-    unit: usize,
-    extent: &Extent,
-    file: &File,
-    page: u32,
-    scratch: &mut Scratch,
-) -> Result<Done> {
-    let total: u64 = extent.levels.iter().sum();
-    let mut buffer = vec![0u8; usize::try_from(total)?];
-    let mut tallies = Tallies::new();
-    let mut head = UnitHead::default();
-    for (m, (shape, view)) in units.shape.matrices().iter().zip(&units.views[unit]).enumerate() {
-        // The regions of one matrix are disjoint and increasing: cut the buffer along them.
-        let ranges = core::iter::once(None)
-            .chain((0..shape.levels()).map(Some))
-            .map(|field| units.shape.region(m, field, page))
-            .collect::<Vec<_>>();
-        let mut cut = Vec::with_capacity(ranges.len());
-        let (mut rest, mut at) = (buffer.as_mut_slice(), 0);
-        for range in &ranges {
-            let (_, tail) = rest.split_at_mut((range.start - at) as usize);
-            let (region, tail) = tail.split_at_mut((range.end - range.start) as usize);
-            cut.push(region);
-            (rest, at) = (tail, range.end);
+impl Work<'_> {
+    fn encode_unit(&self, layer: usize, unit: usize, scratch: &mut Scratch) -> Result<Done> {
+        let Self { source, file, options, .. } = *self;
+        let (units, page) = (&self.plan.units[layer], options.page);
+        let extent = &self.layout.extents[self.layout.first_units[layer] + unit];
+        let total: u64 = extent.levels.iter().sum();
+        let mut buffer = vec![0u8; usize::try_from(total)?];
+        let mut tallies = Tallies::new();
+        let mut head = UnitHead::default();
+        for (m, (shape, view)) in units.shape.matrices().iter().zip(&units.views[unit]).enumerate() {
+            // The regions of one matrix are disjoint and increasing: cut the buffer along them.
+            let ranges = core::iter::once(None)
+                .chain((0..shape.levels()).map(Some))
+                .map(|field| units.shape.region(m, field, page))
+                .collect::<Vec<_>>();
+            let mut cut = Vec::with_capacity(ranges.len());
+            let (mut rest, mut at) = (buffer.as_mut_slice(), 0);
+            for range in &ranges {
+                let (_, tail) = rest.split_at_mut((range.start - at) as usize);
+                let (region, tail) = tail.split_at_mut((range.end - range.start) as usize);
+                cut.push(region);
+                (rest, at) = (tail, range.end);
+            }
+            let (scales, fields) = cut.split_at_mut(1);
+            let blocks = 0..(shape.rows as usize).div_ceil(ROW_BLOCK);
+            let feedback = match shape.encoding {
+                Encoding::Quant(_) => self.feedback(layer, unit, m)?,
+                _ => None,
+            };
+            let mut aims = Aims::new(shape, options.anew(), feedback, options.prefix_weight);
+            let tally = encode(source, view, shape, blocks, scales[0], fields, &mut aims, scratch)?;
+            for (of_level, gain) in head.gains.iter_mut().zip(aims.gains()) {
+                of_level[m] = gain.into();
+            }
+            tallies.entry(encoding_name(shape.encoding)).or_default().add(&tally);
         }
-        let (scales, fields) = cut.split_at_mut(1);
-        let blocks = 0..(shape.rows as usize).div_ceil(ROW_BLOCK);
-        let mut gains = Gains::new(shape);
-        let tally = encode(source, view, shape, blocks, scales[0], fields, &mut gains, scratch)?;
-        for (of_level, gain) in head.gains.iter_mut().zip(gains.fitted()) {
-            of_level[m] = gain.into();
+        if extent.levels.len() > 1 {
+            buffer[..size_of::<UnitHead>()].copy_from_slice(head.as_bytes());
         }
-        tallies.entry(encoding_name(shape.encoding)).or_default().add(&tally);
+        let mut crcs = Vec::with_capacity(extent.levels.len());
+        let mut at = 0;
+        for len in &extent.levels {
+            crcs.push(crc32c(&buffer[at..at + *len as usize]));
+            at += *len as usize;
+        }
+        file.write_all_at(&buffer, extent.offset)?;
+        Ok(Done { tallies, bytes: total, crcs })
     }
-    if extent.levels.len() > 1 {
-        buffer[..size_of::<UnitHead>()].copy_from_slice(head.as_bytes());
-    }
-    let mut crcs = Vec::with_capacity(extent.levels.len());
-    let mut at = 0;
-    for len in &extent.levels {
-        crcs.push(crc32c(&buffer[at..at + *len as usize]));
-        at += *len as usize;
-    }
-    file.write_all_at(&buffer, extent.offset)?;
-    Ok(Done { tallies, bytes: total, crcs })
 }
 
 fn write_sections(

@@ -36,6 +36,8 @@ pub enum Scoring {
 pub struct Settings {
     /// Neurons of a cluster.
     pub width: u32,
+    /// Neurons that stay together, those whose weights share a scale in the source; 1 is none. Divides the width.
+    pub step: u32,
     /// What predicts a cluster's importance.
     pub scoring: Scoring,
 }
@@ -94,7 +96,7 @@ impl Calibration {
         let layer = |(l, lengths): (u16, Vec<f32>)| {
             let layer = Layer {
                 neurons: lengths.len(),
-                activity: Activity::new(lengths),
+                activity: Activity::new(lengths, settings.step as usize),
                 order: Vec::new(),
                 rows: Rows::default(),
                 residual: Vec::new(),

@@ -11,29 +11,33 @@ const ROUNDS: usize = 6;
 #[derive(Clone, Debug)]
 pub struct Activity {
     neurons: usize,
+    /// Neurons that stay together, from a multiple of their number on; 1 moves each by itself.
+    step: usize,
     /// Factor on each neuron's activation: the length of its column of the down projection.
     lengths: Vec<f32>,
-    /// Sum over the tokens of the squared length of what each neuron adds to the layer's output.
+    /// Sum over the tokens of the squared length of what the neurons of each step add to the layer's output.
     energy: Vec<f64>,
     /// Tokens seen.
     tokens: usize,
-    /// `[neurons][words]` bits, bit `t` of which says whether the neuron was active for token `t`.
+    /// `[steps][words]` bits, bit `t` of which says whether the step was active for token `t`.
     active: Vec<Vec<u64>>,
     /// Scratch.
     sizes: Vec<f32>,
 }
 
 impl Activity {
-    /// For neurons whose columns of the down projection have these lengths.
+    /// For neurons whose columns of the down projection have these lengths, and which are moved `step` at a time.
     #[must_use]
-    pub fn new(lengths: Vec<f32>) -> Self {
-        let neurons = lengths.len();
+    pub fn new(lengths: Vec<f32>, step: usize) -> Self {
+        let (neurons, step) = (lengths.len(), step.max(1));
+        let steps = neurons.div_ceil(step);
         Self {
             neurons,
+            step,
             lengths,
-            energy: vec![0.0; neurons],
+            energy: vec![0.0; steps],
             tokens: 0,
-            active: vec![Vec::new(); neurons],
+            active: vec![Vec::new(); steps],
             sizes: Vec::new(),
         }
     }
@@ -42,9 +46,11 @@ impl Activity {
     pub fn add(&mut self, activations: &[f32]) {
         let (word, bit) = (self.tokens / 64, self.tokens % 64);
         self.sizes.clear();
-        self.sizes.extend(activations.iter().zip(&self.lengths).map(|(a, length)| (a * length).abs()));
+        let steps = activations.chunks(self.step).zip(self.lengths.chunks(self.step));
+        let square = |(a, length): (&f32, &f32)| (a * length) * (a * length);
+        self.sizes.extend(steps.map(|(a, lengths)| a.iter().zip(lengths).map(square).sum::<f32>().sqrt()));
         let mut sorted = self.sizes.clone();
-        let at = self.neurons - (self.neurons / ACTIVE).max(1);
+        let at = sorted.len() - (sorted.len() / ACTIVE).max(1);
         let (_, least, _) = sorted.select_nth_unstable_by(at, f32::total_cmp);
         for ((size, energy), active) in self.sizes.iter().zip(&mut self.energy).zip(&mut self.active) {
             *energy += f64::from(*size).powi(2);
@@ -59,7 +65,7 @@ impl Activity {
         activations.iter().zip(&self.lengths).map(|(a, length)| (a * length).powi(2))
     }
 
-    /// Energy of each neuron, summed over the tokens.
+    /// Energy of each step's neurons, summed over the tokens.
     #[must_use]
     pub fn energy(&self) -> &[f64] {
         &self.energy
@@ -112,28 +118,36 @@ impl Profile {
 
 /// The neurons in an order in which every `width` of them make a cluster: bands of falling energy, and in each band
 /// clusters of neurons that are active together (k-means with clusters of equal size, by correlation of activity),
-/// those of most energy first. A permutation that depends on the activity alone.
+/// those of most energy first. A permutation of whole steps, a short one being the last, that depends on the activity
+/// alone. `width` is a multiple of the step.
 #[must_use]
 pub fn cluster(activity: &Activity, width: usize) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..activity.neurons as u32).collect();
+    let steps = (activity.neurons / activity.step) as u32;
+    let mut order: Vec<u32> = (0..steps).collect();
     let energy = |n: u32| activity.energy[n as usize];
     order.sort_by(|a, b| energy(*b).total_cmp(&energy(*a)).then(a.cmp(b)));
     // Bands are whole clusters; what does not fill one is last of all.
-    let clusters = activity.neurons.div_ceil(width);
-    let band = clusters.div_ceil(BANDS) * width;
+    let width = (width / activity.step).max(1);
+    let clusters = order.len().div_ceil(width);
+    let band = clusters.div_ceil(BANDS).max(1) * width;
     let mut result = Vec::with_capacity(order.len());
     for band in order.chunks(band) {
         let whole = band.len() / width * width;
-        let mut parts = balanced(activity, &band[..whole], width);
+        let mut parts = match width {
+            1 => band.iter().map(|n| vec![*n]).collect(),
+            _ => balanced(activity, &band[..whole], width),
+        };
         let total = |part: &Vec<u32>| part.iter().map(|n| energy(*n)).sum::<f64>();
         parts.sort_by(|a, b| total(b).total_cmp(&total(a)).then(a[0].cmp(&b[0])));
         result.extend(parts.into_iter().flatten());
         result.extend(&band[whole..]);
     }
-    result
+    let neurons = |step: u32| step * activity.step as u32..(step + 1) * activity.step as u32;
+    let rest = steps * activity.step as u32..activity.neurons as u32;
+    result.into_iter().flat_map(neurons).chain(rest).collect()
 }
 
-/// Cuts `neurons` into clusters of exactly `width`.
+/// Cuts `neurons`, steps that is, into clusters of exactly `width`.
 fn balanced(activity: &Activity, neurons: &[u32], width: usize) -> Vec<Vec<u32>> {
     let count = neurons.len() / width;
     let active = |n: u32| activity.active[n as usize].as_slice();
@@ -183,7 +197,7 @@ mod tests {
     /// Neurons in groups that are active together, scattered over the layer.
     fn grouped(neurons: usize, group: usize, tokens: usize) -> Activity {
         let groups = neurons / group;
-        let mut activity = Activity::new(vec![1.0; neurons]);
+        let mut activity = Activity::new(vec![1.0; neurons], 1);
         for t in 0..tokens {
             let on = |n: usize| (n % groups + t * 7) % groups < groups / 4;
             let activations: Vec<f32> =
@@ -223,5 +237,24 @@ mod tests {
         let energy = |n: &u32| activity.energy()[*n as usize];
         let least = order[..96].iter().map(energy).fold(f64::INFINITY, f64::min);
         assert!(order[96..].iter().all(|n| energy(n) <= least));
+    }
+
+    #[test]
+    fn steps_stay_together() {
+        for (neurons, step, width) in [(512, 32, 32), (512, 32, 128), (500, 32, 64), (20, 32, 32)] {
+            let mut activity = Activity::new(vec![1.0; neurons], step);
+            for t in 0..100 {
+                let activations: Vec<f32> = (0..neurons).map(|n| ((n * 7 + t * 13) % 29) as f32 - 14.0).collect();
+                activity.add(&activations);
+            }
+            let order = cluster(&activity, width);
+            let mut sorted = order.clone();
+            sorted.sort_unstable();
+            assert!(sorted.into_iter().eq(0..neurons as u32));
+            for part in order.chunks(step) {
+                assert!(part[0].is_multiple_of(step as u32), "{part:?}");
+                assert!(part.windows(2).all(|pair| pair[1] == pair[0] + 1), "{part:?}");
+            }
+        }
     }
 }

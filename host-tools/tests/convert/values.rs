@@ -1,9 +1,12 @@
 //! Values survive: from every type, through every encoding, at every offset.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::sync::Arc;
 
 use forebay::convert::{ConvertOptions, Tally, WeightChoice};
 use forebay::inspect::inspect;
+use forebay::neurons::{LayerNeurons, NeuronPlan};
 use forebay::source::{DType, dequantise};
 use forebay_kernels::weights::{Encoding, Fields, Group};
 use forebay_runtime::model::ModelError;
@@ -425,6 +428,46 @@ fn gguf_blocks_are_imported_without_loss() {
         }
         assert!(report.encodings.values().all(|t| t.squared_error == 0.0));
         assert!(image.tensor(NO_LAYER, Role::OutputHead).is_none());
+
+        // Codes that are chosen anew are not the file's, and better where only the first are read.
+        if bits == 4 {
+            let options = ConvertOptions { requantize: true, ..ConvertOptions::default() };
+            let report = quietly(&folder.join("lfm2.gguf"), &folder.join("anew.fby"), &options).unwrap();
+            assert!(report.encodings.values().any(|t| t.squared_error > 0.0));
+            let error = |image: &Image| -> f64 {
+                let units = (0..5).flat_map(|u| matrix_values(&image.unit(1, u, 1).up));
+                units.zip(&up).map(|(a, b)| f64::from(a - b).powi(2)).sum()
+            };
+            let (anew, kept) = (error(&Image::open(&folder.join("anew.fby"))), error(&image));
+            assert!(anew < kept, "{anew} {kept}");
+        }
+
+        // Neurons that move in whole groups take their scales along; others do not.
+        for (step, exact) in [(32, true), (1, false)] {
+            let order: Vec<u32> = (0..width as u32 / step).rev().flat_map(|s| s * step..(s + 1) * step).collect();
+            let neurons = LayerNeurons {
+                order: order.clone(),
+                gate: vec![0.0; 3 * hidden],
+                bias: vec![0.0; 3],
+                thresholds: vec![1.0, -1.0],
+            };
+            let layers = BTreeMap::from([(0, neurons.clone()), (1, neurons)]);
+            let plan = NeuronPlan { width: 64, hidden: hidden as u32, layers };
+            let options = ConvertOptions { neurons: Some(Arc::new(plan)), ..ConvertOptions::default() };
+            let report = quietly(&folder.join("lfm2.gguf"), &folder.join("moved.fby"), &options).unwrap();
+            assert_eq!(report.encodings.values().all(|t| t.squared_error == 0.0), exact, "steps of {step}");
+            let image = Image::open(&folder.join("moved.fby"));
+            for (u, order) in order.chunks(64).enumerate() {
+                let unit = image.unit(1, u, image.layer(1).unit.levels());
+                for (row, n) in matrix_values(&unit.up).chunks_exact(hidden).zip(order) {
+                    assert_eq!(row, &up[*n as usize * hidden..][..hidden]);
+                }
+                for (row, part) in matrix_values(&unit.down).chunks_exact(64).enumerate().filter(|_| exact) {
+                    let want: Vec<f32> = order.iter().map(|n| down[row * width + *n as usize]).collect();
+                    assert_eq!(part[..want.len()], want);
+                }
+            }
+        }
     }
 }
 

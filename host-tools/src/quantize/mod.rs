@@ -5,12 +5,23 @@
 //! Lloyd's algorithm (IEEE Trans. Inf. Theory 28 (2), 1982) and the `make_qx_quants` and `make_qkx2_quants` of
 //! GGML. Where the first bits of a code are to be useful alone, the errors of these prefixes are added to the one that is
 //! minimised. All errors are measured with the scale and minimum rounded to binary16, as they are stored. Sums run in
-//! eight fixed lanes, so results do not depend on the machine.
+//! eight fixed lanes, so results do not depend on the machine. Where it is known what a row is multiplied with,
+//! [`quantise_row`] chooses its codes for the error of the product instead.
+
+mod feedback;
 
 use half::f16;
 
+pub use feedback::{Feedback, Row, quantise_row};
+
 /// Longest group.
 const MAX_GROUP: usize = 128;
+/// Most precisions below that of the whole code.
+pub const MAX_PREFIXES: usize = 3;
+/// Every weight counts the same.
+const EQUAL: [f32; MAX_GROUP] = [1.0; MAX_GROUP];
+/// How far from the nearest code one is looked for that suits the prefixes better.
+const REACH: i8 = 3;
 /// Lanes of every sum.
 const LANES: usize = 8;
 /// Candidates for the scale.
@@ -87,6 +98,9 @@ pub struct Prefix {
 }
 
 impl Prefix {
+    /// The whole code.
+    const WHOLE: Self = Self { dropped: 0, weight: 1.0, gain: 1.0 };
+
     /// The prefix without the last `dropped` bits, with the weight and gain that were found best for trained weights
     /// (`docs/BENCHMARKS.md`).
     pub const fn new(dropped: u8) -> Self {
@@ -96,6 +110,13 @@ impl Prefix {
             _ => (0.01, 0.69),
         };
         Self { dropped, weight, gain }
+    }
+
+    /// The same where columns make good for each other's errors. Those of a prefix are then right on average, not
+    /// each as near as can be, so that it has no use for a gain.
+    pub const fn with_feedback(dropped: u8, weight: f32) -> Self {
+        // One bit is of little use whatever is done for it.
+        Self { dropped, weight: if dropped > 2 { 0.1 * weight } else { weight }, gain: 1.0 }
     }
 }
 
@@ -114,20 +135,14 @@ pub fn quantise_group(x: &[f32], grid: Grid, codes: &mut [u8]) -> Option<(f16, f
     quantise_nested(x, grid, &[], codes)
 }
 
-/// As [`quantise_group`], with the scale (and minimum) that suits `prefixes` of the codes too. Without prefixes, and
-/// with signed codes of 8 bits, it is the same.
+/// As [`quantise_group`], with the scale (and minimum) and the codes that suit `prefixes` of the codes too. Without
+/// prefixes, and with signed codes of 8 bits, it is the same.
 pub fn quantise_nested(x: &[f32], grid: Grid, prefixes: &[Prefix], codes: &mut [u8]) -> Option<(f16, f16)> {
     debug_assert!(x.len() <= MAX_GROUP && x.len() == codes.len());
-    let target = Target { x, grid, prefixes };
-    let fit = match grid {
-        Grid { bits: 8, .. } => return eight_bits(x, codes),
-        Grid { affine: true, .. } => target.affine(),
-        _ => target.symmetric(),
-    };
-    for (code, q) in codes.iter_mut().zip(&fit.codes) {
-        *code = *q as u8;
+    if grid.bits == 8 {
+        return eight_bits(x, codes);
     }
-    (fit.scale.is_finite() && fit.minimum.is_finite()).then_some((fit.scale, fit.minimum))
+    Target { whole: x, importance: &EQUAL[..x.len()], grid, prefixes, of_prefix: [x; MAX_PREFIXES] }.quantise(codes)
 }
 
 fn eight_bits(x: &[f32], codes: &mut [u8]) -> Option<(f16, f16)> {
@@ -151,9 +166,14 @@ struct Fit {
 /// What is to be approximated: the weights, by codes of the grid and by prefixes of them.
 #[derive(Clone, Copy)]
 struct Target<'a> {
-    x: &'a [f32],
+    /// By the whole code.
+    whole: &'a [f32],
+    /// What each weight's squared error counts.
+    importance: &'a [f32],
     grid: Grid,
     prefixes: &'a [Prefix],
+    /// By each of the prefixes.
+    of_prefix: [&'a [f32]; MAX_PREFIXES],
 }
 
 /// The nearest codes.
@@ -165,45 +185,82 @@ fn round(x: &[f32], grid: Grid, inverse: f32, minimum: f32, codes: &mut [f32; MA
     }
 }
 
-/// Sum of `f(x, q)`, in lanes.
+/// Sum of `importance * f(x, q)`, in lanes.
 #[inline(always)]
-fn sum(x: &[f32], q: &[f32; MAX_GROUP], f: impl Fn(f32, f32) -> f32) -> f32 {
+fn sum(x: &[f32], importance: &[f32], q: &[f32; MAX_GROUP], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
+    let (weights, rest_weights) = importance.as_chunks::<LANES>();
     let (codes, _) = q.as_chunks::<LANES>();
-    for (x, q) in chunks.iter().zip(codes) {
+    for ((x, w), q) in chunks.iter().zip(weights).zip(codes) {
         for i in 0..LANES {
-            lanes[i] += f(x[i], q[i]);
+            lanes[i] += w[i] * f(x[i], q[i]);
         }
     }
-    for (i, x) in rest.iter().enumerate() {
-        lanes[i] += f(*x, q[chunks.len() * LANES + i]);
+    for (i, (x, w)) in rest.iter().zip(rest_weights).enumerate() {
+        lanes[i] += w * f(*x, q[chunks.len() * LANES + i]);
     }
     let [a, b, c, d, e, f, g, h] = lanes;
     ((a + e) + (c + g)) + ((b + f) + (d + h))
 }
 
-impl Target<'_> {
-    /// Rounds the weights to the codes of `scale` and `minimum` as they will be stored.
-    fn rounded(&self, scale: f32, minimum: f32) -> Fit {
+impl<'a> Target<'a> {
+    fn quantise(&self, codes: &mut [u8]) -> Option<(f16, f16)> {
+        let fit = if self.grid.affine { self.affine() } else { self.symmetric() };
+        for (code, q) in codes.iter_mut().zip(&fit.codes) {
+            *code = *q as u8;
+        }
+        (fit.scale.is_finite() && fit.minimum.is_finite()).then_some((fit.scale, fit.minimum))
+    }
+
+    /// Every precision and what it is to approximate, the whole code first.
+    fn levels(&self) -> impl Iterator<Item = (&'a [f32], Prefix)> + use<'a> {
+        let prefixes = self.of_prefix.into_iter().zip(self.prefixes.iter().copied());
+        core::iter::once((self.whole, Prefix::WHOLE)).chain(prefixes)
+    }
+
+    /// Rounds the weights to the codes of `scale` and `minimum` as they will be stored: to the nearest ones, or `jointly`
+    /// to those that suit the prefixes too.
+    fn rounded(&self, scale: f32, minimum: f32, jointly: bool) -> Fit {
         let (scale, minimum) = (f16::from_f32(scale), f16::from_f32(minimum));
         let (s, m) = (scale.to_f32(), minimum.to_f32());
         let inverse = if s == 0.0 { 0.0 } else { 1.0 / s };
         let mut codes = [0.0; MAX_GROUP];
-        round(self.x, self.grid, inverse, m, &mut codes);
+        round(self.whole, self.grid, inverse, m, &mut codes);
+        if jointly && !self.prefixes.is_empty() {
+            self.choose_jointly(s, m, &mut codes);
+        }
         let zero = self.zero();
-        let mut error = sum(self.x, &codes, |x, q| {
-            let e = s * (q - zero) + m - x;
-            e * e
-        });
-        for p in self.prefixes {
-            error += p.weight
-                * sum(self.x, &codes, |x, q| {
-                    let e = p.gain * (s * (middle(q, p.dropped) - zero) + m) - x;
+        let mut error = 0.0;
+        for (x, level) in self.levels() {
+            error += level.weight
+                * sum(x, self.importance, &codes, |x, q| {
+                    let e = level.gain * (s * (middle(q, level.dropped) - zero) + m) - x;
                     e * e
                 });
         }
         Fit { scale, minimum, codes, error: if error.is_finite() { error } else { f32::INFINITY } }
+    }
+
+    /// From the nearest codes to those near them that cost least over all precisions.
+    fn choose_jointly(&self, s: f32, m: f32, codes: &mut [f32; MAX_GROUP]) {
+        let (zero, top) = (self.zero(), f32::from((1u8 << self.grid.bits) - 1));
+        let nearest = *codes;
+        let mut least = [f32::INFINITY; MAX_GROUP];
+        for offset in -REACH..=REACH {
+            let mut cost = [0.0f32; MAX_GROUP];
+            let code = |q: f32| (q + offset as f32).clamp(0.0, top);
+            for (x, level) in self.levels() {
+                for ((cost, q), x) in cost.iter_mut().zip(&nearest).zip(x) {
+                    let e = level.gain * (s * (middle(code(*q), level.dropped) - zero) + m) - x;
+                    *cost += level.weight * (e * e);
+                }
+            }
+            for (((q, nearest), least), cost) in codes.iter_mut().zip(&nearest).zip(&mut least).zip(cost) {
+                (*q, *least) = if cost < *least { (code(*nearest), cost) } else { (*q, *least) };
+            }
+        }
+        codes[self.whole.len()..].fill(0.0);
     }
 
     fn zero(&self) -> f32 {
@@ -213,47 +270,43 @@ impl Target<'_> {
     /// The scale for `codes` by least squares, and how much of the square sum it explains.
     fn fit_scale(&self, codes: &[f32; MAX_GROUP]) -> (f32, f32) {
         let zero = self.zero();
-        let mut xl = sum(self.x, codes, |x, q| x * (q - zero));
-        let mut ll = sum(self.x, codes, |_, q| (q - zero) * (q - zero));
-        for p in self.prefixes {
+        let (mut xl, mut ll) = (0.0, 0.0);
+        for (x, p) in self.levels() {
             let level = |q| p.gain * (middle(q, p.dropped) - zero);
-            xl += p.weight * sum(self.x, codes, |x, q| x * level(q));
-            ll += p.weight * sum(self.x, codes, |_, q| level(q) * level(q));
+            xl += p.weight * sum(x, self.importance, codes, |x, q| x * level(q));
+            ll += p.weight * sum(x, self.importance, codes, |_, q| level(q) * level(q));
         }
         if ll > 0.0 { (xl / ll, xl * xl / ll) } else { (0.0, 0.0) }
     }
 
     /// Scale and minimum for `codes` by least squares.
-    fn fit_line(&self, codes: &[f32; MAX_GROUP]) -> Fit {
-        let x = self.x;
-        let sx = sum(x, codes, |x, _| x);
-        let (mut n, mut bx) = (x.len() as f32, sx);
-        let (mut sq, mut xq) = (sum(x, codes, |_, q| q), sum(x, codes, |x, q| x * q));
-        let mut qq = sum(x, codes, |_, q| q * q);
-        for p in self.prefixes {
+    fn fit_line(&self, codes: &[f32; MAX_GROUP], jointly: bool) -> Fit {
+        let (mut n, mut bx, mut sq, mut xq, mut qq) = (0.0, 0.0, 0.0, 0.0, 0.0);
+        for (x, p) in self.levels() {
             let (once, twice) = (p.weight * p.gain, p.weight * p.gain * p.gain);
-            n += twice * x.len() as f32;
-            bx += once * sx;
-            sq += twice * sum(x, codes, |_, q| middle(q, p.dropped));
-            xq += once * sum(x, codes, |x, q| x * middle(q, p.dropped));
-            qq += twice * sum(x, codes, |_, q| middle(q, p.dropped) * middle(q, p.dropped));
+            let over = |f: fn(f32, f32) -> f32| sum(x, self.importance, codes, |x, q| f(x, middle(q, p.dropped)));
+            n += twice * over(|_, _| 1.0);
+            bx += once * over(|x, _| x);
+            sq += twice * over(|_, q| q);
+            xq += once * over(|x, q| x * q);
+            qq += twice * over(|_, q| q * q);
         }
         let det = n * qq - sq * sq;
         if det > 0.0 {
             let scale = (n * xq - bx * sq) / det;
-            self.rounded(scale, (bx - scale * sq) / n)
+            self.rounded(scale, (bx - scale * sq) / n, jointly)
         } else {
-            self.rounded(0.0, bx / n)
+            self.rounded(0.0, bx / n, jointly)
         }
     }
 
     fn symmetric(&self) -> Fit {
-        let Self { x, grid, .. } = *self;
+        let Self { whole: x, grid, .. } = *self;
         // With a code for zero, one side has a code more, and the sign of the scale decides which.
         let signs: &[f32] = if grid.zero_x2.is_multiple_of(2) { &[-1.0, 1.0] } else { &[1.0] };
         let extreme = x.iter().fold(0.0f32, |a, &x| if x.abs() > a.abs() { x } else { a });
         if extreme == 0.0 {
-            return self.rounded(0.0, 0.0);
+            return self.rounded(0.0, 0.0, false);
         }
         let mut codes = [0.0; MAX_GROUP];
         let (mut scale, mut best) = (0.0, f32::NEG_INFINITY);
@@ -268,14 +321,14 @@ impl Target<'_> {
                 }
             }
         }
-        refine(self.rounded(scale, 0.0), |codes| self.rounded(self.fit_scale(codes).0, 0.0))
+        refine(self.rounded(scale, 0.0, true), |codes| self.rounded(self.fit_scale(codes).0, 0.0, true))
     }
 
     fn affine(&self) -> Fit {
-        let Self { x, grid, .. } = *self;
+        let Self { whole: x, grid, .. } = *self;
         let (least, most) = x.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(a, b), &x| (a.min(x), b.max(x)));
         let top = f32::from((1u8 << grid.bits) - 1);
-        let mut best = self.rounded((most - least) / top, least);
+        let mut best = self.rounded((most - least) / top, least, false);
         if most <= least {
             return best;
         }
@@ -285,12 +338,12 @@ impl Target<'_> {
             let shrink = 0.55 + 0.5 * i as f32 / (CANDIDATES - 1) as f32;
             let range = (most - least) * shrink;
             round(x, grid, top / range, middle - range / 2.0, &mut codes);
-            let fitted = self.fit_line(&codes);
+            let fitted = self.fit_line(&codes, false);
             if fitted.error < best.error {
                 best = fitted;
             }
         }
-        refine(best, |codes| self.fit_line(codes))
+        refine(best, |codes| self.fit_line(codes, true))
     }
 }
 
