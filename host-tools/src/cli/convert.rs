@@ -25,16 +25,16 @@ pub struct ConvertArgs {
     /// Alignment of everything that is read: a power of two from 512 to 1M, at least the device's block
     #[arg(long, value_name = "SIZE", default_value = "4096")]
     page: Size,
+    /// Whether groups of 1 to 4 bits have a minimum besides their scale: two bytes more a group [default: where it is worth
+    /// them]
+    #[arg(long, value_name = "true|false")]
+    affine: Option<bool>,
     /// Put the neurons of dense layers in the order that `forebay calibrate` found, with what predicts the clusters that a
     /// token needs
     #[arg(long, value_name = "NEURONS")]
     neurons: Option<PathBuf>,
-    /// Choose the codes of streamed weights anew where a GGUF file's own could be kept: they then suit the first levels
-    /// alone too, but are no longer exactly those of the file
-    #[arg(long)]
-    requantize: bool,
-    /// Let errors of streamed weights count as much as they matter to a text, which `forebay calibrate --moments` found
-    /// out; codes are chosen anew
+    /// Let errors of streamed weights of 1 to 4 bits count as much as they matter to a text, which `forebay calibrate
+    /// --moments` found out: low precision gets much better. A GGUF file's own codes are then not kept
     #[arg(long, value_name = "MOMENTS")]
     moments: Option<PathBuf>,
     /// With --moments: what errors of the first levels of a unit alone count, those of all its levels counting 1. More makes
@@ -54,7 +54,7 @@ pub fn main(args: &ConvertArgs) -> Result<()> {
     let options = ConvertOptions {
         neurons,
         moments,
-        requantize: args.requantize,
+        affine: args.affine,
         prefix_weight: args.prefix_weight,
         page: u32::try_from(args.page.bytes).unwrap_or(u32::MAX),
         ..args.weights.options()

@@ -156,10 +156,8 @@ pub(super) fn imports(dtype: DType, q: Quant) -> bool {
 /// its own.
 #[derive(Default)]
 pub(super) struct Aims {
-    /// Whether codes of the source are given up for ones that suit this better.
-    pub anew: bool,
-    /// Which errors matter; `None`: all the same.
-    pub feedback: Option<Arc<Feedback>>,
+    /// Which errors matter; codes of the source are given up for it. `None`: all the same.
+    feedback: Option<Arc<Feedback>>,
     /// The precisions below: 1 level, 2 levels, ...
     prefixes: Vec<Prefix>,
     /// For each of them the sums of weight x value and of value squared.
@@ -169,7 +167,7 @@ pub(super) struct Aims {
 impl Aims {
     /// For a matrix of `shape` in a unit; it has no precisions below if it has one level.
     /// With feedback, the squared error of a prefix counts `prefix_weight`.
-    pub fn new(shape: &MatrixShape, anew: bool, feedback: Option<Arc<Feedback>>, prefix_weight: f32) -> Self {
+    pub fn new(shape: &MatrixShape, feedback: Option<Arc<Feedback>>, prefix_weight: f32) -> Self {
         let Encoding::Quant(q) = shape.encoding else { return Self::default() };
         let feedback = feedback.filter(|_| q.fields.bits() <= 4);
         let mut dropped = q.fields.bits();
@@ -181,7 +179,7 @@ impl Aims {
                 None => Prefix::new(dropped),
             });
         }
-        Self { anew, feedback, sums: vec![(0.0, 0.0); prefixes.len()], prefixes }
+        Self { feedback, sums: vec![(0.0, 0.0); prefixes.len()], prefixes }
     }
 
     /// The gain of each precision, by least squares; that for which codes were chosen, if they were with feedback.
@@ -227,7 +225,7 @@ pub(super) fn encode(
     let (groups, cols) = (shape.groups(), shape.cols as usize);
     let import =
         imports(source.dtype(view.tensor)?, q) && view.first_col.is_multiple_of(32) && view.cols.is_multiple_of(32);
-    let import = import && !aims.anew && view.whole_groups();
+    let import = import && aims.feedback.is_none() && view.whole_groups();
     let mut rest: Vec<&mut [u8]> = fields.iter_mut().map(|f| &mut **f).collect();
     let mut scales_rest = scales;
     for block in blocks {

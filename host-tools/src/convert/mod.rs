@@ -115,9 +115,8 @@ pub struct ConvertOptions {
     pub threads: Option<usize>,
     /// Order, clusters and predictors of dense layers' neurons; sets their `unit_width`.
     pub neurons: Option<Arc<NeuronPlan>>,
-    /// Whether codes of a GGUF file's streamed weights are chosen anew, so that they suit all precisions of a unit.
-    pub requantize: bool,
-    /// Which errors of streamed weights matter; codes are chosen anew with it.
+    /// Which errors of streamed weights matter; their codes are chosen for that, even if the source has codes that could
+    /// be kept.
     pub moments: Option<Arc<Moments>>,
     /// With moments: what the squared error of a unit's first levels counts, that of the whole unit being 1.
     pub prefix_weight: f32,
@@ -137,18 +136,10 @@ impl Default for ConvertOptions {
             unit_fields: None,
             threads: None,
             neurons: None,
-            requantize: false,
             moments: None,
             prefix_weight: 0.2,
             name: None,
         }
-    }
-}
-
-impl ConvertOptions {
-    /// Whether codes of streamed units are chosen here, even if the source has codes that could be kept.
-    const fn anew(&self) -> bool {
-        self.requantize || self.moments.is_some()
     }
 }
 
@@ -384,7 +375,6 @@ fn metadata(source: &Source, name: &str, label: &str, options: &ConvertOptions) 
             "page": options.page,
             "unit_width": options.unit_width,
             "neurons": options.neurons.as_ref().map(|plan| plan.width),
-            "requantize": options.anew(),
             "moments": options.moments.is_some(),
             "prefix_weight": options.moments.as_ref().map(|_| options.prefix_weight),
             "unit_fields": options.unit_fields.map(CodeFields::widths),

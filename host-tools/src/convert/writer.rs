@@ -459,7 +459,7 @@ impl Work<'_> {
                 Encoding::Quant(_) => self.feedback(layer, unit, m)?,
                 _ => None,
             };
-            let mut aims = Aims::new(shape, options.anew(), feedback, options.prefix_weight);
+            let mut aims = Aims::new(shape, feedback, options.prefix_weight);
             let tally = encode(source, view, shape, blocks, scales[0], fields, &mut aims, scratch)?;
             for (of_level, gain) in head.gains.iter_mut().zip(aims.gains()) {
                 of_level[m] = gain.into();

@@ -20,8 +20,6 @@ const MAX_GROUP: usize = 128;
 pub const MAX_PREFIXES: usize = 3;
 /// Every weight counts the same.
 const EQUAL: [f32; MAX_GROUP] = [1.0; MAX_GROUP];
-/// How far from the nearest code one is looked for that suits the prefixes better.
-const REACH: i8 = 3;
 /// Lanes of every sum.
 const LANES: usize = 8;
 /// Candidates for the scale.
@@ -135,8 +133,8 @@ pub fn quantise_group(x: &[f32], grid: Grid, codes: &mut [u8]) -> Option<(f16, f
     quantise_nested(x, grid, &[], codes)
 }
 
-/// As [`quantise_group`], with the scale (and minimum) and the codes that suit `prefixes` of the codes too. Without
-/// prefixes, and with signed codes of 8 bits, it is the same.
+/// As [`quantise_group`], with the scale (and minimum) that suits `prefixes` of the codes too. Without prefixes,
+/// and with signed codes of 8 bits, it is the same.
 pub fn quantise_nested(x: &[f32], grid: Grid, prefixes: &[Prefix], codes: &mut [u8]) -> Option<(f16, f16)> {
     debug_assert!(x.len() <= MAX_GROUP && x.len() == codes.len());
     if grid.bits == 8 {
@@ -219,17 +217,13 @@ impl<'a> Target<'a> {
         core::iter::once((self.whole, Prefix::WHOLE)).chain(prefixes)
     }
 
-    /// Rounds the weights to the codes of `scale` and `minimum` as they will be stored: to the nearest ones, or `jointly`
-    /// to those that suit the prefixes too.
-    fn rounded(&self, scale: f32, minimum: f32, jointly: bool) -> Fit {
+    /// Rounds the weights to the codes of `scale` and `minimum` as they will be stored.
+    fn rounded(&self, scale: f32, minimum: f32) -> Fit {
         let (scale, minimum) = (f16::from_f32(scale), f16::from_f32(minimum));
         let (s, m) = (scale.to_f32(), minimum.to_f32());
         let inverse = if s == 0.0 { 0.0 } else { 1.0 / s };
         let mut codes = [0.0; MAX_GROUP];
         round(self.whole, self.grid, inverse, m, &mut codes);
-        if jointly && !self.prefixes.is_empty() {
-            self.choose_jointly(s, m, &mut codes);
-        }
         let zero = self.zero();
         let mut error = 0.0;
         for (x, level) in self.levels() {
@@ -240,27 +234,6 @@ impl<'a> Target<'a> {
                 });
         }
         Fit { scale, minimum, codes, error: if error.is_finite() { error } else { f32::INFINITY } }
-    }
-
-    /// From the nearest codes to those near them that cost least over all precisions.
-    fn choose_jointly(&self, s: f32, m: f32, codes: &mut [f32; MAX_GROUP]) {
-        let (zero, top) = (self.zero(), f32::from((1u8 << self.grid.bits) - 1));
-        let nearest = *codes;
-        let mut least = [f32::INFINITY; MAX_GROUP];
-        for offset in -REACH..=REACH {
-            let mut cost = [0.0f32; MAX_GROUP];
-            let code = |q: f32| (q + offset as f32).clamp(0.0, top);
-            for (x, level) in self.levels() {
-                for ((cost, q), x) in cost.iter_mut().zip(&nearest).zip(x) {
-                    let e = level.gain * (s * (middle(code(*q), level.dropped) - zero) + m) - x;
-                    *cost += level.weight * (e * e);
-                }
-            }
-            for (((q, nearest), least), cost) in codes.iter_mut().zip(&nearest).zip(&mut least).zip(cost) {
-                (*q, *least) = if cost < *least { (code(*nearest), cost) } else { (*q, *least) };
-            }
-        }
-        codes[self.whole.len()..].fill(0.0);
     }
 
     fn zero(&self) -> f32 {
@@ -280,7 +253,7 @@ impl<'a> Target<'a> {
     }
 
     /// Scale and minimum for `codes` by least squares.
-    fn fit_line(&self, codes: &[f32; MAX_GROUP], jointly: bool) -> Fit {
+    fn fit_line(&self, codes: &[f32; MAX_GROUP]) -> Fit {
         let (mut n, mut bx, mut sq, mut xq, mut qq) = (0.0, 0.0, 0.0, 0.0, 0.0);
         for (x, p) in self.levels() {
             let (once, twice) = (p.weight * p.gain, p.weight * p.gain * p.gain);
@@ -294,9 +267,9 @@ impl<'a> Target<'a> {
         let det = n * qq - sq * sq;
         if det > 0.0 {
             let scale = (n * xq - bx * sq) / det;
-            self.rounded(scale, (bx - scale * sq) / n, jointly)
+            self.rounded(scale, (bx - scale * sq) / n)
         } else {
-            self.rounded(0.0, bx / n, jointly)
+            self.rounded(0.0, bx / n)
         }
     }
 
@@ -306,7 +279,7 @@ impl<'a> Target<'a> {
         let signs: &[f32] = if grid.zero_x2.is_multiple_of(2) { &[-1.0, 1.0] } else { &[1.0] };
         let extreme = x.iter().fold(0.0f32, |a, &x| if x.abs() > a.abs() { x } else { a });
         if extreme == 0.0 {
-            return self.rounded(0.0, 0.0, false);
+            return self.rounded(0.0, 0.0);
         }
         let mut codes = [0.0; MAX_GROUP];
         let (mut scale, mut best) = (0.0, f32::NEG_INFINITY);
@@ -321,14 +294,14 @@ impl<'a> Target<'a> {
                 }
             }
         }
-        refine(self.rounded(scale, 0.0, true), |codes| self.rounded(self.fit_scale(codes).0, 0.0, true))
+        refine(self.rounded(scale, 0.0), |codes| self.rounded(self.fit_scale(codes).0, 0.0))
     }
 
     fn affine(&self) -> Fit {
         let Self { whole: x, grid, .. } = *self;
         let (least, most) = x.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(a, b), &x| (a.min(x), b.max(x)));
         let top = f32::from((1u8 << grid.bits) - 1);
-        let mut best = self.rounded((most - least) / top, least, false);
+        let mut best = self.rounded((most - least) / top, least);
         if most <= least {
             return best;
         }
@@ -338,12 +311,12 @@ impl<'a> Target<'a> {
             let shrink = 0.55 + 0.5 * i as f32 / (CANDIDATES - 1) as f32;
             let range = (most - least) * shrink;
             round(x, grid, top / range, middle - range / 2.0, &mut codes);
-            let fitted = self.fit_line(&codes, false);
+            let fitted = self.fit_line(&codes);
             if fitted.error < best.error {
                 best = fitted;
             }
         }
-        refine(best, |codes| self.fit_line(codes, true))
+        refine(best, |codes| self.fit_line(codes))
     }
 }
 

@@ -429,19 +429,6 @@ fn gguf_blocks_are_imported_without_loss() {
         assert!(report.encodings.values().all(|t| t.squared_error == 0.0));
         assert!(image.tensor(NO_LAYER, Role::OutputHead).is_none());
 
-        // Codes that are chosen anew are not the file's, and better where only the first are read.
-        if bits == 4 {
-            let options = ConvertOptions { requantize: true, ..ConvertOptions::default() };
-            let report = quietly(&folder.join("lfm2.gguf"), &folder.join("anew.fby"), &options).unwrap();
-            assert!(report.encodings.values().any(|t| t.squared_error > 0.0));
-            let error = |image: &Image| -> f64 {
-                let units = (0..5).flat_map(|u| matrix_values(&image.unit(1, u, 1).up));
-                units.zip(&up).map(|(a, b)| f64::from(a - b).powi(2)).sum()
-            };
-            let (anew, kept) = (error(&Image::open(&folder.join("anew.fby"))), error(&image));
-            assert!(anew < kept, "{anew} {kept}");
-        }
-
         // Neurons that move in whole groups take their scales along; others do not.
         for (step, exact) in [(32, true), (1, false)] {
             let order: Vec<u32> = (0..width as u32 / step).rev().flat_map(|s| s * step..(s + 1) * step).collect();
