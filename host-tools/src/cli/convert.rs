@@ -34,7 +34,8 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "NEURONS")]
     neurons: Option<PathBuf>,
     /// Let errors of streamed weights of 1 to 4 bits count as much as they matter to a text, which `forebay calibrate
-    /// --moments` found out: low precision gets much better. A GGUF file's own codes are then not kept
+    /// --moments` found out: low precision gets much better. A GGUF file's own codes are then kept only in
+    /// units of one level (--unit-fields 4)
     #[arg(long, value_name = "MOMENTS")]
     moments: Option<PathBuf>,
     /// With --moments: what errors of the first levels of a unit alone count, those of all its levels counting 1. More makes

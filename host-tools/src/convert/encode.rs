@@ -156,7 +156,7 @@ pub(super) fn imports(dtype: DType, q: Quant) -> bool {
 /// its own.
 #[derive(Default)]
 pub(super) struct Aims {
-    /// Which errors matter; codes of the source are given up for it. `None`: all the same.
+    /// Which errors matter; for prefixes that are better by it codes of the source are given up. `None`: all the same.
     feedback: Option<Arc<Feedback>>,
     /// The precisions below: 1 level, 2 levels, ...
     prefixes: Vec<Prefix>,
@@ -225,7 +225,8 @@ pub(super) fn encode(
     let (groups, cols) = (shape.groups(), shape.cols as usize);
     let import =
         imports(source.dtype(view.tensor)?, q) && view.first_col.is_multiple_of(32) && view.cols.is_multiple_of(32);
-    let import = import && aims.feedback.is_none() && view.whole_groups();
+    // Codes that serve no precision but their own cannot be chosen better than they are.
+    let import = import && (aims.feedback.is_none() || aims.prefixes.is_empty()) && view.whole_groups();
     let mut rest: Vec<&mut [u8]> = fields.iter_mut().map(|f| &mut **f).collect();
     let mut scales_rest = scales;
     for block in blocks {

@@ -115,8 +115,8 @@ pub struct ConvertOptions {
     pub threads: Option<usize>,
     /// Order, clusters and predictors of dense layers' neurons; sets their `unit_width`.
     pub neurons: Option<Arc<NeuronPlan>>,
-    /// Which errors of streamed weights matter; their codes are chosen for that, even if the source has codes that could
-    /// be kept.
+    /// Which errors of streamed weights matter; their codes are chosen for that. Codes of the source are kept only
+    /// in units of one level.
     pub moments: Option<Arc<Moments>>,
     /// With moments: what the squared error of a unit's first levels counts, that of the whole unit being 1.
     pub prefix_weight: f32,
