@@ -119,7 +119,8 @@ impl<'b> Input<'b> {
     }
 
     /// Waits for a line, which may be changed in place. Carriage return, line feed or both end it; backspace and
-    /// Ctrl-U erase, Ctrl-C gives it up. What is typed is sent back if `echo`.
+    /// Ctrl-U erase, Ctrl-C gives it up. What is typed is sent back if `echo`; `console` is a
+    /// [`Terminal`], or ends lines otherwise.
     pub fn line<C: Console>(&mut self, console: &mut C, echo: bool) -> Result<&mut str, LineError> {
         (self.len, self.too_long, self.lost, self.escape) = (0, false, false, Escape::No);
         loop {
@@ -141,8 +142,8 @@ impl<'b> Input<'b> {
                     Took::Byte => console.write_all(&byte),
                     Took::Erased(count) => (0..count).try_for_each(|_| console.write_all(b"\x08 \x08")),
                     Took::Refused => console.write_all(&[BELL]),
-                    Took::End => console.write_all(b"\r\n"),
-                    Took::Interrupt => console.write_all(b"^C\r\n"),
+                    Took::End => console.write_all(b"\n"),
+                    Took::Interrupt => console.write_all(b"^C\n"),
                 };
             }
             match took {
@@ -315,14 +316,14 @@ mod tests {
     fn lines_end_with_return_or_feed_or_both() {
         let (read, echo) = lines(b"one\rtwo\nthree\r\nfour\n\r\n\r\r");
         assert_eq!(read, ["one", "two", "three", "four", "", "", ""].map(text));
-        assert_eq!(echo, "one\r\ntwo\r\nthree\r\nfour\r\n\r\n\r\n\r\n");
+        assert_eq!(echo, "one\ntwo\nthree\nfour\n\n\n\n");
     }
 
     #[test]
     fn lines_are_edited() {
         let (read, echo) = lines("cat\u{8}r\u{7f}\u{7f}\u{7f}\u{7f}\u{7f}né\u{7f}o\r".as_bytes());
         assert_eq!(read, ["no"].map(text));
-        assert!(echo.ends_with("né\u{8} \u{8}o\r\n"), "{echo:?}");
+        assert!(echo.ends_with("né\u{8} \u{8}o\n"), "{echo:?}");
         assert_eq!(lines(b"wrong\x15right\r").0, ["right"].map(text));
         // Arrows, function keys and other control characters are left out.
         assert_eq!(lines(b"a\x1b[Db\x1bOPc\x1b[1;5Cd\x00\x01\x1bxe\r").0, ["abcdxe"].map(text));
@@ -333,7 +334,7 @@ mod tests {
     fn what_is_no_line_is_refused_whole() {
         let (read, echo) = lines(b"0123456789abcdef\r0123456789abcdefg\rshort\r");
         assert_eq!(read, [text("0123456789abcdef"), Err(LineError::TooLong(16)), text("short")]);
-        assert!(echo.contains("abcdef\u{7}\r\n"), "{echo:?}");
+        assert!(echo.contains("abcdef\u{7}\n"), "{echo:?}");
         assert_eq!(lines(b"\xc3(\rgood\r").0, [Err(LineError::NotText), text("good")]);
         let mut wire = Wire::of(b"ab\rcd\r");
         wire.come[1] = None;
@@ -341,7 +342,7 @@ mod tests {
         let mut input = Input::new(&mut buf);
         assert_eq!(input.line(&mut wire, true), Err(LineError::Lost));
         assert_eq!(input.line(&mut wire, false).as_deref(), Ok("cd"));
-        assert_eq!(wire.gone, b"a\r\n");
+        assert_eq!(wire.gone, b"a\n");
     }
 
     #[test]

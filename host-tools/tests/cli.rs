@@ -95,6 +95,11 @@ fn usage_errors_have_code_2() {
     failure(2, &["bench", "--kernels", "--ram", "64M"], &["cannot be used with"]);
     failure(2, &["bench", "x", "--bits", "4"], &["--bits", "cannot be used with"]);
     failure(2, &["bench", "--shape", "64x64"], &["--kernels"]);
+    failure(2, &["attach"], &["--serial"]);
+    failure(2, &["attach", "--serial", "x", "--json"], &["--prompt"]);
+    failure(2, &["attach", "--serial", "x", "-p", "a", "--token-ids", "1"], &["cannot be used with"]);
+    failure(2, &["attach", "--serial", "x", "--raw", "--system", "s"], &["cannot be used with"]);
+    failure(2, &["attach", "--serial", "x", "--baud", "fast"], &["fast"]);
 }
 
 #[test]
@@ -593,4 +598,42 @@ fn bench_measures_both_tests_and_what_is_streamed() {
     assert!(read(0) < read(1), "{rows:?}");
     failure(1, &["bench", image(), "-p", "0", "-n", "0"], &["-p and -n"]);
     failure(1, &["bench", image(), "-p", "100000"], &["context of 2048"]);
+}
+
+/// A board that is not there, is silent, fails, panics, or goes away.
+#[test]
+fn boards_that_do_not_serve_are_told_apart() {
+    use std::os::unix::net::UnixListener;
+
+    failure(1, &["attach", "--serial", "/dev/no-such-tty"], &["/dev/no-such-tty", "No such file", "/dev/ttyUSB0"]);
+    failure(1, &["attach", "--serial", image()], &["neither a serial device nor a socket"]);
+    failure(1, &["attach", "--serial", "/dev/null"], &["/dev/null is not a serial device"]);
+    failure(1, &["attach", "--serial", "tcp:127.0.0.1:1"], &["connecting to 127.0.0.1:1"]);
+    let ready = "{\"ready\":{\"lines\":1,\"line_bytes\":8}}\r\n";
+    let cases = [
+        ("", "said nothing for 1 s", true),
+        ("halted\r\n", "its last line was \"halted\"", true),
+        ("panicked at src/main.rs:1:2:\r\nindex out of bounds\r\n", "panicked at src/main.rs:1:2: index out", true),
+        ("{\"fatal\":\"reading unit 3 failed\"}\r\n", "the board has ended: reading unit 3 failed", true),
+        ("error: no card\r\n", "was closed; its last line was \"error: no card\"", false),
+        (ready, "the board takes 8 at most", true),
+    ];
+    let folder = scratch("attach");
+    for (index, (says, error, stays)) in cases.into_iter().enumerate() {
+        let socket = folder.join(index.to_string());
+        let listener = UnixListener::bind(&socket).unwrap();
+        let board = std::thread::spawn(move || {
+            let (mut line, _) = listener.accept().unwrap();
+            line.write_all(says.as_bytes()).unwrap();
+            // Whatever is sent to it, it says no more.
+            if stays {
+                let _ = std::io::copy(&mut line, &mut std::io::sink());
+            }
+        });
+        let args = ["attach", "--serial", socket.to_str().unwrap(), "--wait", "1", "-p", "longer than that"];
+        let out = output(&args);
+        let said = String::from_utf8(out.stderr).unwrap();
+        assert!(out.status.code() == Some(1) && said.lines().last().is_some_and(|line| line.contains(error)), "{said}");
+        board.join().unwrap();
+    }
 }

@@ -502,6 +502,9 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
             }
             time = elapsed - prompt_time;
             if self.tokenizer.as_ref().is_some_and(|t| t.is_eos(token)) {
+                if self.reply.json {
+                    self.reply.token(token, |_| ());
+                }
                 break Stop::Eos;
             }
             match &mut decoder {

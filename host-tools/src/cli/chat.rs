@@ -47,7 +47,7 @@ pub fn main(args: &ChatArgs) -> Result<()> {
         let model = image.model();
         let tokenizer = tokenizer.with_context(|| format!("{} has no tokenizer", found.file.path.display()))?;
         let template = found.file.chat_template(&tokenizer)?;
-        let params = args.sample.params(model.record());
+        let params = args.sample.choice.params(model.record());
         let extra = Extra {
             candidates: Sampler::candidates(&params, model.vocab()),
             scratch: Tokenizer::encode_scratch(LONGEST_PIECE),

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod attach;
 mod bench;
 mod boards;
 mod calibrate;
@@ -73,6 +74,8 @@ enum Command {
     Image(image::ImageArgs),
     /// List the boards.
     Boards(boards::BoardsArgs),
+    /// Talk with a board that serves, over its serial line.
+    Attach(attach::AttachArgs),
 }
 
 /// Longest context that is planned for unless it is said.
@@ -101,6 +104,7 @@ pub fn main() -> Result<()> {
         Command::Tokenize(args) => tokenize::main(&args),
         Command::Image(args) => image::main(&args),
         Command::Boards(args) => boards::main(&args),
+        Command::Attach(args) => attach::main(&args),
     }
 }
 
@@ -290,9 +294,19 @@ fn device(text: &str) -> Result<DeviceProfile, String> {
     })
 }
 
-/// How tokens are chosen.
+/// How tokens are chosen, and when to stop.
 #[derive(Args)]
 struct SampleArgs {
+    #[command(flatten)]
+    choice: ChoiceArgs,
+    /// Go on after the model has ended its text
+    #[arg(long)]
+    ignore_eos: bool,
+}
+
+/// How tokens are chosen.
+#[derive(Args)]
+struct ChoiceArgs {
     /// Temperature; 0 always takes the most probable token [default: the model's, else 0.8]
     #[arg(long, value_name = "T", value_parser = temperature)]
     temp: Option<f32>,
@@ -312,12 +326,9 @@ struct SampleArgs {
     /// Seed of the choices [default: another every time]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Go on after the model has ended its text
-    #[arg(long)]
-    ignore_eos: bool,
 }
 
-impl SampleArgs {
+impl ChoiceArgs {
     /// What the command line says, else the model, else llama.cpp's defaults.
     fn params(&self, model: &ModelRecord) -> SamplerParams {
         let default = SamplerParams::of_model(model);

@@ -196,7 +196,7 @@ fn prepare(
         "the prompt has {ids} tokens but the context only {context}; give a shorter prompt{}",
         if context < model.context() { ", or a longer context with -c" } else { "" }
     );
-    let params = args.sample.params(model.record());
+    let params = args.sample.choice.params(model.record());
     let extra = Extra { candidates: Sampler::candidates(&params, model.vocab()), scratch };
     let wanted = Wanted { context, batch: ids, logit_rows: 1, extra, with_tokenizer: tokenizer.is_some() };
     let setup = args.machine.setup(found, image, backend, wanted)?;

@@ -4,6 +4,7 @@ pub mod accounting;
 pub mod generate;
 pub mod models;
 pub mod npy;
+pub mod port;
 pub mod session;
 pub mod size;
 pub mod store;

@@ -341,11 +341,11 @@ impl<'a> Boot<'a> {
         }
     }
 
-    /// Runs to the end; `None` if this host cannot.
-    pub fn run(&self) -> Option<Report> {
+    /// QEMU with the board's console on `serial`; `None` if this host cannot.
+    pub fn qemu(&self, serial: &str) -> Option<Command> {
         let kernel = self.machine.kernel()?;
         let mut qemu = Command::new(self.machine.qemu);
-        qemu.args(self.machine.machine).args(["-display", "none", "-monitor", "none", "-serial", "stdio"]);
+        qemu.args(self.machine.machine).args(["-display", "none", "-monitor", "none", "-serial", serial]);
         if !self.cpu.is_empty() {
             qemu.args(["-cpu", self.cpu]);
         }
@@ -378,6 +378,12 @@ impl<'a> Boot<'a> {
             qemu.args(["-drive", &drive]);
         }
         qemu.arg("-kernel").arg(&kernel.boots).args(["-append", &self.words]).args(self.more);
+        Some(qemu)
+    }
+
+    /// Runs to the end; `None` if this host cannot.
+    pub fn run(&self) -> Option<Report> {
+        let mut qemu = self.qemu("stdio")?;
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("console");
         let console = std::fs::File::create(&log).unwrap();

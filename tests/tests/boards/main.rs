@@ -8,6 +8,7 @@
 mod aarch64;
 mod machine;
 mod riscv64;
+mod serve;
 
 use std::sync::OnceLock;
 
