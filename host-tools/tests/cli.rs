@@ -609,14 +609,14 @@ fn boards_that_do_not_serve_are_told_apart() {
     failure(1, &["attach", "--serial", image()], &["neither a serial device nor a socket"]);
     failure(1, &["attach", "--serial", "/dev/null"], &["/dev/null is not a serial device"]);
     failure(1, &["attach", "--serial", "tcp:127.0.0.1:1"], &["connecting to 127.0.0.1:1"]);
-    let ready = "{\"ready\":{\"lines\":1,\"line_bytes\":8}}\r\n";
+    let ready = "{\"ready\":{\"lines\":1,\"line_bytes\":4}}\r\n";
     let cases = [
         ("", "said nothing for 1 s", true),
         ("halted\r\n", "its last line was \"halted\"", true),
         ("panicked at src/main.rs:1:2:\r\nindex out of bounds\r\n", "panicked at src/main.rs:1:2: index out", true),
         ("{\"fatal\":\"reading unit 3 failed\"}\r\n", "the board has ended: reading unit 3 failed", true),
         ("error: no card\r\n", "was closed; its last line was \"error: no card\"", false),
-        (ready, "the board takes 8 at most", true),
+        (ready, "the board takes 4 at most", true),
     ];
     let folder = scratch("attach");
     for (index, (says, error, stays)) in cases.into_iter().enumerate() {
@@ -624,13 +624,16 @@ fn boards_that_do_not_serve_are_told_apart() {
         let listener = UnixListener::bind(&socket).unwrap();
         let board = std::thread::spawn(move || {
             let (mut line, _) = listener.accept().unwrap();
+            let mut asked = [0; 10];
+            std::io::Read::read_exact(&mut line, &mut asked).unwrap();
+            assert_eq!(asked, *b"\x03/json on\r");
             line.write_all(says.as_bytes()).unwrap();
             // Whatever is sent to it, it says no more.
             if stays {
                 let _ = std::io::copy(&mut line, &mut std::io::sink());
             }
         });
-        let args = ["attach", "--serial", socket.to_str().unwrap(), "--wait", "1", "-p", "longer than that"];
+        let args = ["attach", "--serial", socket.to_str().unwrap(), "--wait", "1", "-p", "Hello"];
         let out = output(&args);
         let said = String::from_utf8(out.stderr).unwrap();
         assert!(out.status.code() == Some(1) && said.lines().last().is_some_and(|line| line.contains(error)), "{said}");
