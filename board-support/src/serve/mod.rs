@@ -131,6 +131,7 @@ where
 }
 
 /// The context that is asked for; else the longest that leaves the pool nearly all of the arena.
+#[inline(never)]
 fn context<E>(image: &Image<'_>, options: &Options<'_>, plan: impl Fn(usize) -> Result<Plan, E>) -> usize {
     let longest = image.model().context();
     let (least, most) = CONTEXT;
@@ -285,6 +286,8 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
     }
 
     /// Says that a line can be sent.
+    // Not inlined, as are the others that only print: their temporaries would lie on the stack beneath the engine.
+    #[inline(never)]
     fn prompt(&mut self, room: usize) {
         if self.reply.json {
             let (lines, len, context, chat) = (self.lines, self.len, self.context, self.chat);
@@ -300,6 +303,7 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
         let _ = self.reply.console.flush();
     }
 
+    #[inline(never)]
     fn refuse(&mut self, why: Arguments<'_>) -> bool {
         self.reply.error(why);
         true
@@ -446,6 +450,7 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
     }
 
     /// The conversation stays as it was.
+    #[inline(never)]
     fn refuse_long(&mut self, needed: usize, given: usize) -> bool {
         let context = self.context;
         self.refuse(format_args!(
@@ -545,6 +550,7 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
     }
 
     /// Says how an answer ended.
+    #[inline(never)]
     fn ended(&mut self, answer: &Answer, (from, begin): (usize, usize), last: Option<u32>, dropped: usize) {
         let seed = self.sampler.params().seed;
         if self.reply.json {
@@ -584,6 +590,7 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
         }
     }
 
+    #[inline(never)]
     fn ids(&mut self, what: &str, range: core::ops::Range<usize>, more: Option<u32>) {
         let _ = write!(self.reply.console, "{what}: [");
         let ids = self.history.get(range).unwrap_or_default();
@@ -593,6 +600,7 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
         say!(self.reply.console, "]");
     }
 
+    #[inline(never)]
     fn settings(&mut self) {
         let SamplerParams { temperature, top_k, top_p, min_p, repetition_penalty, seed } = *self.sampler.params();
         let (length, chat, fixed) = (self.length, self.chat, self.seed.is_some());
@@ -625,6 +633,7 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
         say!(self.reply.console, "length {length}");
     }
 
+    #[inline(never)]
     fn stats(&mut self) {
         let (stats, reads) = (self.machine.engine.stats(), self.machine.store.reads());
         let (len, context) = (self.len, self.context);
