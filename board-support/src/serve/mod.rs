@@ -131,7 +131,6 @@ where
 }
 
 /// The context that is asked for; else the longest that leaves the pool nearly all of the arena.
-#[inline(never)]
 fn context<E>(image: &Image<'_>, options: &Options<'_>, plan: impl Fn(usize) -> Result<Plan, E>) -> usize {
     let longest = image.model().context();
     let (least, most) = CONTEXT;
@@ -286,8 +285,6 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
     }
 
     /// Says that a line can be sent.
-    // Not inlined, as are the others that only print: their temporaries would lie on the stack beneath the engine.
-    #[inline(never)]
     fn prompt(&mut self, room: usize) {
         if self.reply.json {
             let (lines, len, context, chat) = (self.lines, self.len, self.context, self.chat);
@@ -303,7 +300,6 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
         let _ = self.reply.console.flush();
     }
 
-    #[inline(never)]
     fn refuse(&mut self, why: Arguments<'_>) -> bool {
         self.reply.error(why);
         true
@@ -450,7 +446,6 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
     }
 
     /// The conversation stays as it was.
-    #[inline(never)]
     fn refuse_long(&mut self, needed: usize, given: usize) -> bool {
         let context = self.context;
         self.refuse(format_args!(
@@ -469,7 +464,7 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
             let chunk = self.history.get(from..to).unwrap_or_default();
             let output = if to == self.len { Output::Last } else { Output::None };
             let mut ear = Ear { console: &mut *self.reply.console, heard };
-            prefill(*engine, *store, exec, chunk, output, &mut ear, |_, _| ())?;
+            prefill(engine, *store, exec, chunk, output, &mut ear, |_, _| ())?;
             if to == self.len {
                 return Ok(true);
             }
@@ -550,7 +545,6 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
     }
 
     /// Says how an answer ended.
-    #[inline(never)]
     fn ended(&mut self, answer: &Answer, (from, begin): (usize, usize), last: Option<u32>, dropped: usize) {
         let seed = self.sampler.params().seed;
         if self.reply.json {
@@ -590,7 +584,6 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
         }
     }
 
-    #[inline(never)]
     fn ids(&mut self, what: &str, range: core::ops::Range<usize>, more: Option<u32>) {
         let _ = write!(self.reply.console, "{what}: [");
         let ids = self.history.get(range).unwrap_or_default();
@@ -600,7 +593,6 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
         say!(self.reply.console, "]");
     }
 
-    #[inline(never)]
     fn settings(&mut self) {
         let SamplerParams { temperature, top_k, top_p, min_p, repetition_penalty, seed } = *self.sampler.params();
         let (length, chat, fixed) = (self.length, self.chat, self.seed.is_some());
@@ -633,7 +625,6 @@ impl<'a, S: BlockStore<'a>, C: Console> Server<'_, 'a, S, C> {
         say!(self.reply.console, "length {length}");
     }
 
-    #[inline(never)]
     fn stats(&mut self) {
         let (stats, reads) = (self.machine.engine.stats(), self.machine.store.reads());
         let (len, context) = (self.len, self.context);
