@@ -275,7 +275,7 @@ mod tests {
 
     #[test]
     fn draws_go_on_under_other_parameters() {
-        let mut draws = |change: bool| -> [u32; 40] {
+        let draws = |change: bool| -> [u32; 40] {
             let mut sampler = Sampler::new(SOFT);
             let mut scratch = [Candidate::default(); 6];
             core::array::from_fn(|i| {
