@@ -39,9 +39,10 @@ pub struct PolicyArgs {
     /// Use at most N levels of every streamed unit: a lower precision for the whole run [default: all]
     #[arg(long, value_name = "N", value_parser = super::positive)]
     levels: Option<usize>,
-    /// What gives way among experts: lru, lfu, hobbit, hobbit=LRU,LFU,LHU,FLD (its weights), apex or s3fifo
-    #[arg(long, value_name = "NAME", default_value = "lru", value_parser = eviction)]
-    eviction: Eviction,
+    /// What gives way among experts, and among clusters where --neurons-kept leaves some out: lru, lfu, hobbit,
+    /// hobbit=LRU,LFU,LHU,FLD (its weights), apex or s3fifo [default: lru; lfu with --neurons-kept]
+    #[arg(long, value_name = "NAME", value_parser = eviction)]
+    eviction: Option<Eviction>,
     /// Predict experts up to N layers ahead and read them early; 0 reads none
     #[arg(long, value_name = "N", default_value = "0")]
     prefetch: u8,
@@ -74,9 +75,11 @@ impl PolicyArgs {
             by_score || self.thresholds.is_none(),
             "--thresholds means something to --policy scored and miss only; give one of them"
         );
+        // Layers come round in turn, so the least recently used cluster is the one that is needed next.
+        let default_eviction = if self.neurons_kept < 1.0 { Eviction::Lfu } else { Eviction::Lru };
         let policy = Policy {
             loading,
-            eviction: self.eviction,
+            eviction: self.eviction.unwrap_or(default_eviction),
             prefetch: self.prefetch,
             cache_bias: self.cache_bias,
             cache_keep: self.cache_keep,
