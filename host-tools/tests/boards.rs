@@ -63,6 +63,7 @@ const CARD: Medium = Medium {
     device: "SD card",
     len: None,
     block: 512,
+    mapped: false,
     bandwidth: Bandwidth { bytes_per_second: 1, basis: Basis::Typical },
 };
 
@@ -125,7 +126,8 @@ fn flash_is_the_image_and_then_erased() {
         }
         let text =
             stdout(&["image", "--board", board.name, "--medium", "flash", image(), "-o", path.to_str().unwrap()]);
-        assert!(text.contains("the pool holds") && text.contains("a token uses"), "{text}");
+        assert!(text.contains("the pool holds") != medium.mapped && text.contains("a token uses"), "{text}");
+        assert_eq!(text.contains("where they lie in flash"), medium.mapped, "{text}");
         let got = bytes(&path);
         assert_eq!(got.len() as u64, medium.len.unwrap());
         assert!(got[..image_bytes.len()] == image_bytes, "{}", board.name);
@@ -232,7 +234,7 @@ fn what_does_not_fit_is_refused_and_nothing_is_written() {
     failure(1, &["image", "--board", "aarch64-virt", "--medium", "card", image(), "-o", path], &["flash, disk"]);
     failure(1, &["image", "--board", "aarch64-virt", "--kernel", image(), image(), "-o", path], &["--kernel", "cards"]);
     failure(1, &["image", "--board", "aarch64-virt", "--words", "a", image(), "-o", path], &["--words", "cards"]);
-    failure(1, &["image", "--board", "aarch64-virt", image(), "-o", path, "--arena", "1M"], &["needs", "ARENA"]);
+    failure(1, &["image", "--board", "aarch64-virt", image(), "-o", path, "--arena", "64K"], &["needs", "ARENA"]);
     failure(1, &["image", "--board", "aarch64-virt", image(), "-o", path, "--arena", "1G"], &["bytes of RAM"]);
     failure(1, &["image", "--board", "aarch64-virt", "/no/such/image", "-o", path], &["/no/such/image"]);
     failure(1, &["image", "--board", "aarch64-virt", image(), "-o", "/dev/null"], &["/dev/null", "dd"]);

@@ -41,6 +41,8 @@ pub struct Medium {
     pub len: Option<u64>,
     /// Smallest read in bytes: an image's page must be a multiple.
     pub block: u32,
+    /// Whether the processor reads it as memory: then weights are used where they lie.
+    pub mapped: bool,
     /// How fast large reads are.
     pub bandwidth: Bandwidth,
 }
@@ -102,31 +104,38 @@ const MB: u64 = 1_000_000;
 /// A virtio disk of an emulated machine. Bandwidth: [`Basis::Emulated`], read while the model computes.
 const fn virtio(bytes_per_second: u64) -> Medium {
     let bandwidth = Bandwidth { bytes_per_second, basis: Basis::Emulated };
-    Medium { kind: MediumKind::Disk, device: "virtio-blk", len: None, block: 512, bandwidth }
+    Medium { kind: MediumKind::Disk, device: "virtio-blk", len: None, block: 512, mapped: false, bandwidth }
 }
 
 /// Memory-mapped flash of an emulated machine.
 const fn pflash(len: u64, bytes_per_second: u64) -> Medium {
     let bandwidth = Bandwidth { bytes_per_second, basis: Basis::Emulated };
-    Medium { kind: MediumKind::Flash, device: "CFI flash, memory-mapped", len: Some(len), block: 1, bandwidth }
+    Medium {
+        kind: MediumKind::Flash,
+        device: "CFI flash, memory-mapped",
+        len: Some(len),
+        block: 1,
+        mapped: true,
+        bandwidth,
+    }
 }
 
 /// Flash that a microcontroller reads as memory; the emulated machine has RAM in its place.
 const fn mapped_flash(len: u64, bytes_per_second: u64) -> Medium {
     let bandwidth = Bandwidth { bytes_per_second, basis: Basis::Emulated };
-    Medium { kind: MediumKind::Flash, device: "memory-mapped flash", len: Some(len), block: 1, bandwidth }
+    Medium { kind: MediumKind::Flash, device: "memory-mapped flash", len: Some(len), block: 1, mapped: true, bandwidth }
 }
 
 /// A SPI NOR chip, read a byte at a time through a FIFO.
 const fn spi_nor(len: u64, bytes_per_second: u64) -> Medium {
     let bandwidth = Bandwidth { bytes_per_second, basis: Basis::Emulated };
-    Medium { kind: MediumKind::Flash, device: "SPI NOR flash", len: Some(len), block: 1, bandwidth }
+    Medium { kind: MediumKind::Flash, device: "SPI NOR flash", len: Some(len), block: 1, mapped: false, bandwidth }
 }
 
 /// An SD card. Bandwidth: [`Basis::Emulated`], without DMA.
 const fn sd_card(bytes_per_second: u64) -> Medium {
     let bandwidth = Bandwidth { bytes_per_second, basis: Basis::Emulated };
-    Medium { kind: MediumKind::Card, device: "SD card", len: None, block: 512, bandwidth }
+    Medium { kind: MediumKind::Card, device: "SD card", len: None, block: 512, mapped: false, bandwidth }
 }
 
 /// All boards.

@@ -97,13 +97,15 @@ pub fn main(args: &ImageArgs) -> Result<()> {
     let found = args.model.find()?;
     check_fit(&found, medium)?;
     // The plan comes before the work of writing.
-    let (plan, units, token_len) = found.file.probe(|image, _| {
+    let look = |image: &Image<'_>| {
         let plan = plan(&found, image, args)?;
         let model = image.model();
         let layers = (0..model.layer_count()).filter_map(|layer| model.layer(layer));
         let token_len: u64 = layers.map(|l| l.top_k as u64 * l.unit.prefix_len(l.unit.levels(), model.page())).sum();
         Ok((plan, model.unit_count(), token_len))
-    })?;
+    };
+    let (plan, units, token_len) =
+        if medium.mapped { found.file.probe_mapped(look)? } else { found.file.probe(|image, _| look(image))? };
     let mut bar = Bar::new("writing");
     let boot =
         BootFiles { kernel: args.kernel.as_deref(), words: args.words.as_deref(), firmware: args.firmware.as_deref() };
@@ -128,11 +130,12 @@ pub fn main(args: &ImageArgs) -> Result<()> {
     let rate = medium.bandwidth;
     writeln!(
         out,
-        "\na token uses {} of units: {:.2} s to read them all at {} ({}), less what the pool holds",
+        "\na token uses {} of units: {:.2} s to read them all at {} ({}){}",
         bytes_text(token_len),
         token_len as f64 / rate.bytes_per_second as f64,
         rate_text(rate.bytes_per_second),
-        rate.basis.name()
+        rate.basis.name(),
+        if medium.mapped { "" } else { ", less what the pool holds" }
     )?;
     Ok(())
 }

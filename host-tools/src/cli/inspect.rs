@@ -68,14 +68,18 @@ pub(super) fn print_plan(out: &mut impl Write, plan: &Plan, units: usize) -> Res
     ] {
         writeln!(out, "  {what:<9} {bytes:>14}  {}", bytes_text(bytes))?;
     }
-    writeln!(
-        out,
-        "  the pool holds {} of {} units{}; batches of {} tokens",
-        plan.slots / plan.pieces,
-        units,
-        if plan.pieces > 1 { ", level by level" } else { "" },
-        plan.batch
-    )?;
+    if plan.resident == 0 && plan.pool == 0 {
+        writeln!(out, "  weights are used where they lie in flash; batches of {} tokens", plan.batch)?;
+    } else {
+        writeln!(
+            out,
+            "  the pool holds {} of {} units{}; batches of {} tokens",
+            plan.slots / plan.pieces,
+            units,
+            if plan.pieces > 1 { ", level by level" } else { "" },
+            plan.batch
+        )?;
+    }
     writeln!(out, "  least     {:>14}  {}", plan.least, bytes_text(plan.least))?;
     Ok(())
 }

@@ -28,8 +28,8 @@ use forebay_runtime::policy::Choice;
 use forebay_runtime::policy::Policy;
 use forebay_runtime::sample::{Candidate, PENALTY_WINDOW, Sampler};
 use forebay_runtime::tokenizer::{EncodeOptions, Tokenizer, TokenizerError};
-use forebay_storage::FileStore;
 use forebay_storage::image::{MAGIC, SUPERBLOCK_SLOT, SectionKind, Superblock};
+use forebay_storage::{FileStore, MappedStore};
 use zerocopy::FromZeros;
 
 use crate::host::size::{Size, bytes_text};
@@ -110,6 +110,16 @@ impl ImageFile {
             let tokenizer = self.tokenizer(&image)?;
             look(&image, tokenizer)
         })
+    }
+
+    /// The same for a board that uses the image where it lies: all of it is read into memory.
+    pub fn probe_mapped<T>(&self, look: impl FnOnce(&Image<'_>) -> Result<T>) -> Result<T> {
+        let bytes = std::fs::read(&self.path).with_context(|| format!("reading {}", self.path.display()))?;
+        let mut pages = vec![0; bytes.len() + PAGE];
+        let start = pages.as_ptr().align_offset(PAGE).min(PAGE);
+        let mapped = &mut pages[start..start + bytes.len()];
+        mapped.copy_from_slice(&bytes);
+        look(&self.tables(&mut MappedStore::new(mapped), &Arena::new(&mut []), true)?)
     }
 
     fn tables<'a, S>(&self, store: &mut S, arena: &Arena<'a>, with_tokenizer: bool) -> Result<Image<'a>>
