@@ -97,7 +97,7 @@ pub fn main(args: &ImageArgs) -> Result<()> {
     let found = args.model.find()?;
     check_fit(&found, medium)?;
     // The plan comes before the work of writing.
-    let look = |image: &Image<'_>| {
+    let look = |image: &Image<'_>| -> Result<(Plan, usize, u64)> {
         let plan = plan(&found, image, args)?;
         let model = image.model();
         let layers = (0..model.layer_count()).filter_map(|layer| model.layer(layer));
