@@ -131,7 +131,7 @@ impl ModelArgs {
 /// How weights are encoded.
 #[derive(Args)]
 struct WeightArgs {
-    /// Encoding of the weights: q4, q3, q2, q1, q8, f16 or f32 [default: q4; a GGUF file's own]
+    /// Encoding of the weights: q4, q3, q2, q1, ternary, q8, f16 or f32 [default: q4; a GGUF file's own]
     #[arg(long, value_name = "ENCODING")]
     weights: Option<WeightChoice>,
     /// Encoding of what is streamed, the experts or neuron clusters [default: as --weights]

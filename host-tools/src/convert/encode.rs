@@ -74,6 +74,7 @@ pub fn encoding_name(encoding: Encoding) -> String {
         Encoding::F32 => "f32".into(),
         Encoding::F16 => "f16".into(),
         Encoding::Bf16 => "bf16".into(),
+        Encoding::Quant(q) if grid(q) == Grid::TERNARY => format!("ternary group {}", q.group.len()),
         Encoding::Quant(q) => {
             let affine = if q.affine { " affine" } else { "" };
             format!("q{} group {}{affine}", q.fields.bits(), q.group.len())

@@ -43,6 +43,8 @@ pub enum WeightChoice {
     Q2,
     /// 1 bit.
     Q1,
+    /// -1, 0 and 1 times a scale, in 2 bits.
+    Ternary,
     /// 8 bits.
     Q8,
     /// 16-bit floats: bfloat16 where the source is bfloat16, else binary16.
@@ -53,7 +55,7 @@ pub enum WeightChoice {
 
 impl WeightChoice {
     /// Every choice.
-    pub const ALL: [Self; 7] = [Self::Q4, Self::Q3, Self::Q2, Self::Q1, Self::Q8, Self::F16, Self::F32];
+    pub const ALL: [Self; 8] = [Self::Q4, Self::Q3, Self::Q2, Self::Q1, Self::Ternary, Self::Q8, Self::F16, Self::F32];
 
     /// Name on the command line.
     pub const fn name(self) -> &'static str {
@@ -62,6 +64,7 @@ impl WeightChoice {
             Self::Q3 => "q3",
             Self::Q2 => "q2",
             Self::Q1 => "q1",
+            Self::Ternary => "ternary",
             Self::Q8 => "q8",
             Self::F16 => "f16",
             Self::F32 => "f32",
@@ -73,7 +76,7 @@ impl WeightChoice {
         match self {
             Self::Q4 => 4,
             Self::Q3 => 3,
-            Self::Q2 => 2,
+            Self::Q2 | Self::Ternary => 2,
             Self::Q1 => 1,
             Self::Q8 => 8,
             Self::F16 => 16,

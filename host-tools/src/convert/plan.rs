@@ -105,6 +105,7 @@ impl Chooser {
             DType::Q4_0 => (Some((4, Grid::with_zero(4))), true),
             DType::Q4_1 => (Some((4, Grid::affine(4))), true),
             DType::Q8_0 => (Some((8, Grid::Q8)), true),
+            DType::Tq1 | DType::Tq2 => (Some((2, Grid::TERNARY)), true),
             DType::Q5_0 | DType::Q5_1 | DType::Q5K | DType::Q6K => (Some((8, Grid::Q8)), false),
             DType::Q2K | DType::Q3K | DType::Q4K => (Some((4, Grid::affine(4))), false),
         }
@@ -120,6 +121,8 @@ impl Chooser {
         let (grid, group) = match choice {
             None => match Self::kept(dtype).0 {
                 None => return as_stored,
+                // GGML has one scale for 256.
+                Some((_, Grid::TERNARY)) => (Grid::TERNARY, Group::G128),
                 Some((_, grid)) => (grid, Group::G32),
             },
             Some(WeightChoice::F32) => return Encoding::F32,
@@ -129,6 +132,7 @@ impl Chooser {
             Some(WeightChoice::Q8) => (Grid::Q8, self.group),
             // Rows of the embedding are read one by one, and the head decides between tokens: both need precision.
             Some(_) if usage == Use::Embedding => (Grid::Q8, self.group),
+            Some(WeightChoice::Ternary) => (Grid::TERNARY, self.group),
             Some(low) => (self.grids[&low.bits()], self.group),
         };
         let fields = match (grid.bits, usage) {
@@ -144,7 +148,8 @@ impl Chooser {
 
     /// The chosen bits that take a grid that has to be measured.
     fn needs_grids(&self) -> impl Iterator<Item = u8> + use<> {
-        [self.choice, self.unit_choice].into_iter().flatten().map(WeightChoice::bits).filter(|bits| *bits <= 4)
+        let measured = |choice: &WeightChoice| *choice != WeightChoice::Ternary && choice.bits() <= 4;
+        [self.choice, self.unit_choice].into_iter().flatten().filter(measured).map(WeightChoice::bits)
     }
 }
 

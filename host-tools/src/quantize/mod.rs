@@ -41,6 +41,8 @@ pub struct Grid {
 }
 
 impl Grid {
+    /// -1, 0 and 1 in 2 bits; the fourth code is not used.
+    pub const TERNARY: Self = Self { bits: 2, affine: false, zero_x2: 2 };
     /// Signed codes from -127 to 127.
     pub const Q8: Self = Self { bits: 8, affine: false, zero_x2: 0 };
 
@@ -59,13 +61,17 @@ impl Grid {
         Self { bits, affine: false, zero_x2: (1 << bits) - 1 }
     }
 
+    /// The largest code, of those that are not signed.
+    fn top(self) -> f32 {
+        if self == Self::TERNARY { 2.0 } else { f32::from((1u8 << self.bits) - 1) }
+    }
+
     /// The code that stands for zero best.
     pub fn zero_code(self, scale: f16, minimum: f16) -> u8 {
         if self.bits == 8 || scale == f16::ZERO {
             return 0;
         }
-        let top = f32::from((1u8 << self.bits) - 1);
-        (f32::from(self.zero_x2) / 2.0 - minimum.to_f32() / scale.to_f32()).round().clamp(0.0, top) as u8
+        (f32::from(self.zero_x2) / 2.0 - minimum.to_f32() / scale.to_f32()).round().clamp(0.0, self.top()) as u8
     }
 
     /// The value of the codes that share all but the last `dropped` bits with `code`, before any gain.
@@ -176,8 +182,7 @@ struct Target<'a> {
 
 /// The nearest codes.
 fn round(x: &[f32], grid: Grid, inverse: f32, minimum: f32, codes: &mut [f32; MAX_GROUP]) {
-    let zero = f32::from(grid.zero_x2) / 2.0;
-    let top = f32::from((1u8 << grid.bits) - 1);
+    let (zero, top) = (f32::from(grid.zero_x2) / 2.0, grid.top());
     for (q, x) in codes.iter_mut().zip(x) {
         *q = (((x - minimum) * inverse + zero).clamp(0.0, top) + ROUND) - ROUND;
     }
@@ -300,7 +305,7 @@ impl<'a> Target<'a> {
     fn affine(&self) -> Fit {
         let Self { whole: x, grid, .. } = *self;
         let (least, most) = x.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(a, b), &x| (a.min(x), b.max(x)));
-        let top = f32::from((1u8 << grid.bits) - 1);
+        let top = grid.top();
         let mut best = self.rounded((most - least) / top, least);
         if most <= least {
             return best;
@@ -450,9 +455,9 @@ mod tests {
 
     #[test]
     fn values_on_the_grid_are_exact() {
-        for grid in [Grid::with_zero(4), Grid::affine(4), Grid::paired(2), Grid::paired(3), Grid::Q8] {
+        for grid in [Grid::with_zero(4), Grid::affine(4), Grid::paired(2), Grid::paired(3), Grid::TERNARY, Grid::Q8] {
             let (scale, minimum) = (f16::from_f32(0.03125), f16::from_f32(if grid.affine { -0.25 } else { 0.0 }));
-            let top = if grid.bits == 8 { 127 } else { (1u8 << grid.bits) - 1 };
+            let top = if grid.bits == 8 { 127 } else { grid.top() as u8 };
             let x: Vec<f32> = (0..32).map(|i| grid.weight(i % (top + 1), scale, minimum)).collect();
             let mut x = x;
             if grid.bits == 8 {
@@ -468,7 +473,7 @@ mod tests {
 
     #[test]
     fn odd_groups() {
-        for grid in [Grid::with_zero(4), Grid::affine(4), Grid::paired(1), Grid::Q8] {
+        for grid in [Grid::with_zero(4), Grid::affine(4), Grid::paired(1), Grid::TERNARY, Grid::Q8] {
             let mut codes = [9; 5];
             let (s, m) = quantise_group(&[0.0; 5], grid, &mut codes).unwrap();
             assert!(codes.iter().all(|&q| grid.weight(q, s, m) == 0.0), "{grid:?}");

@@ -22,11 +22,13 @@ pub enum DType {
     Q4K,
     Q5K,
     Q6K,
+    Tq1,
+    Tq2,
 }
 
 impl DType {
     /// Every type.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::F32,
         Self::F16,
         Self::Bf16,
@@ -40,6 +42,8 @@ impl DType {
         Self::Q4K,
         Self::Q5K,
         Self::Q6K,
+        Self::Tq1,
+        Self::Tq2,
     ];
 
     /// Name in GGUF and safetensors.
@@ -58,6 +62,8 @@ impl DType {
             Self::Q4K => "Q4_K",
             Self::Q5K => "Q5_K",
             Self::Q6K => "Q6_K",
+            Self::Tq1 => "TQ1_0",
+            Self::Tq2 => "TQ2_0",
         }
     }
 
@@ -90,6 +96,8 @@ impl DType {
             Self::Q4K => 144,
             Self::Q5K => 176,
             Self::Q6K => 210,
+            Self::Tq1 => 54,
+            Self::Tq2 => 66,
         }
     }
 }
@@ -124,6 +132,8 @@ pub fn dequantise(dtype: DType, raw: &[u8], out: &mut [f32]) {
         DType::Q4K => blocks.for_each(|(b, y)| q45_k(b, None, &b[16..], y)),
         DType::Q5K => blocks.for_each(|(b, y)| q45_k(b, Some(&b[16..48]), &b[48..], y)),
         DType::Q6K => blocks.for_each(|(b, y)| q6_k(b, y)),
+        DType::Tq1 => blocks.for_each(|(b, y)| tq1(b, y)),
+        DType::Tq2 => blocks.for_each(|(b, y)| tq2(b, y)),
     }
 }
 
@@ -201,5 +211,69 @@ fn q6_k(b: &[u8], y: &mut [f32]) {
         let high = b[128 + half * 32 + l] >> (part * 2) & 3;
         let scale = b[192 + i / 16] as i8;
         *y = d * f32::from(scale) * f32::from((low | high << 4) as i8 - 32);
+    }
+}
+
+/// TQ1_0: five ternary digits a byte, in 32 and then 16 bytes, and four in the last 4. A byte is the digits' fraction of
+/// 3^5 in 256ths, rounded up, so that the leading digit is the upper part of three times it.
+fn tq1(b: &[u8], y: &mut [f32]) {
+    let d = half_at(b, 52).to_f32();
+    let (first, rest) = y.split_at_mut(160);
+    let (second, last) = rest.split_at_mut(80);
+    for (bytes, y) in [(&b[..32], first), (&b[32..48], second), (&b[48..52], last)] {
+        for (digit, y) in y.chunks_exact_mut(bytes.len()).enumerate() {
+            for (y, byte) in y.iter_mut().zip(bytes) {
+                let shifted = byte.wrapping_mul(3u8.pow(digit as u32));
+                *y = (f32::from((u16::from(shifted) * 3 >> 8) as u8) - 1.0) * d;
+            }
+        }
+    }
+}
+
+/// TQ2_0: four ternary digits a byte.
+fn tq2(b: &[u8], y: &mut [f32]) {
+    let d = half_at(b, 64).to_f32();
+    for (i, y) in y.iter_mut().enumerate() {
+        let code = b[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
+        *y = (f32::from(code) - 1.0) * d;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Packed as `quantize_row_tq1_0_ref` and `quantize_row_tq2_0_ref` of GGML pack them.
+    #[test]
+    fn ternary_blocks_hold_their_digits() {
+        let mut state = 7u32;
+        let trits: [u8; 256] = core::array::from_fn(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24) as u8 % 3
+        });
+        let d = f16::from_f32(0.37);
+        let mut one = Vec::new();
+        for (at, bytes, digits) in [(0, 32, 5), (160, 16, 5), (240, 4, 4)] {
+            for m in 0..bytes {
+                let mut q = (0..digits).fold(0u16, |q, n| 3 * q + u16::from(trits[at + n * bytes + m]));
+                if digits == 4 {
+                    q *= 3;
+                }
+                one.push(((q * 256).div_ceil(243)) as u8);
+            }
+        }
+        let mut two = vec![0; 64];
+        for (i, trit) in trits.iter().enumerate() {
+            two[i / 128 * 32 + i % 32] |= trit << (i % 128 / 32 * 2);
+        }
+        for (dtype, mut block) in [(DType::Tq1, one), (DType::Tq2, two)] {
+            block.extend(d.to_le_bytes());
+            assert_eq!(block.len(), dtype.bytes());
+            let mut values = [0.0; 256];
+            dequantise(dtype, &block, &mut values);
+            for (value, trit) in values.iter().zip(trits) {
+                assert_eq!(*value, (f32::from(trit) - 1.0) * d.to_f32(), "{dtype:?}");
+            }
+        }
     }
 }

@@ -89,6 +89,24 @@ impl Tensor {
         Self { shape: shape.into(), kind, data }
     }
 
+    /// Blocks of GGML's ternary types: digits, then a half-precision number.
+    pub fn ternary(shape: &[usize], kind: u32, bytes: usize, name: &str) -> Self {
+        let n = shape.iter().product::<usize>() / 256;
+        let noise = numbers(name, n * bytes);
+        let digits = |x: &f32, count: u32| (0..count).map(move |i| ((x + 1.0) * 1e4) as u32 / 3u32.pow(i) % 3);
+        let byte = |x: &f32| match kind {
+            // Five digits in 256ths of 3^5, rounded up; or four of 2 bits.
+            34 => (digits(x, 5).fold(0, |q, digit| 3 * q + digit) * 256).div_ceil(243) as u8,
+            _ => digits(x, 4).fold(0, |q, digit| 4 * q + digit) as u8,
+        };
+        let mut data: Vec<u8> = noise.iter().map(byte).collect();
+        for (i, block) in data.chunks_exact_mut(bytes).enumerate() {
+            let scale = f16::from_f32(0.01 * noise[i * bytes] + 0.02);
+            block[bytes - 2..].copy_from_slice(&scale.to_le_bytes());
+        }
+        Self { shape: shape.into(), kind, data }
+    }
+
     pub fn values(&self) -> Vec<f32> {
         use forebay::source::DType;
         let dtype = match self.kind {
@@ -98,6 +116,8 @@ impl Tensor {
             3 => DType::Q4_1,
             8 => DType::Q8_0,
             30 => DType::Bf16,
+            34 => DType::Tq1,
+            35 => DType::Tq2,
             other => panic!("type {other}"),
         };
         let mut out = vec![0.0; self.shape.iter().product()];

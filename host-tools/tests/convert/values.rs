@@ -121,6 +121,7 @@ fn quantised_values_are_as_near_as_reported() {
         (WeightChoice::Q3, 0.15),
         (WeightChoice::Q2, 0.28),
         (WeightChoice::Q1, 0.55),
+        (WeightChoice::Ternary, 0.4),
     ] {
         for group in [Group::G32, Group::G64, Group::G128] {
             for affine in [false, true] {
@@ -145,10 +146,73 @@ fn quantised_values_are_as_near_as_reported() {
                 assert_eq!(report.encodings.values().map(|t| t.weights).sum::<u64>(), count);
                 assert!((reported - error).abs() <= 1e-4 * error, "{weights:?}: reported {reported}, found {error}");
                 let Encoding::Quant(q) = image.layer(0).unit.up.encoding else { panic!("not quantised") };
-                assert_eq!((q.group, q.affine), (group, affine && weights != WeightChoice::Q8));
+                assert_eq!(
+                    (q.group, q.affine),
+                    (group, affine && !matches!(weights, WeightChoice::Q8 | WeightChoice::Ternary))
+                );
             }
         }
     }
+}
+
+/// Weights that are -s, 0 and s keep their values, from floats and from GGML's blocks.
+#[test]
+fn ternary_weights_are_kept() {
+    let folder = Folder::new();
+    let ternary = |shape: &[usize], x: &[f32]| {
+        let values: Vec<f32> = x.iter().map(|x| 0.046875 * (1.5 * x).round()).collect();
+        Tensor::f32(shape, &values)
+    };
+    let tensors = llama_tensors(ternary);
+    write_folder(&folder.join("hf"), &llama_config(), &tensors);
+    for group in [Group::G32, Group::G128] {
+        let options = ConvertOptions { group: Some(group), ..floats(WeightChoice::Ternary) };
+        quietly(&folder.join("hf"), &folder.join("out.fby"), &options).unwrap();
+        let image = Image::open(&folder.join("out.fby"));
+        check_llama(&image, &tensors, |a, b, name| match name {
+            // These have 8 bits.
+            "model.embed_tokens.weight" | "lm_head.weight" => (),
+            _ => assert_eq!(a, b, "{name}"),
+        });
+    }
+
+    let mut tensors = Tensors::new();
+    for (name, kind, bytes) in [
+        ("attn_q", 35, 66),
+        ("attn_k", 35, 66),
+        ("attn_v", 34, 54),
+        ("attn_output", 34, 54),
+        ("ffn_gate", 35, 66),
+        ("ffn_up", 34, 54),
+        ("ffn_down", 35, 66),
+    ] {
+        let name = format!("blk.0.{name}.weight");
+        tensors.insert(name.clone(), Tensor::ternary(&[256, 256], kind, bytes, &name));
+    }
+    tensors.insert("token_embd.weight".into(), Tensor::blocks(&[40, 256], 8, 32, 34, "e"));
+    for name in ["blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight"] {
+        tensors.insert(name.into(), Tensor::f32(&[256], &numbers(name, 256)));
+    }
+    let metadata = [
+        ("general.architecture", Meta::Text("llama")),
+        ("llama.block_count", Meta::U32(1)),
+        ("llama.context_length", Meta::U32(64)),
+        ("llama.embedding_length", Meta::U32(256)),
+        ("llama.feed_forward_length", Meta::U32(256)),
+        ("llama.attention.head_count", Meta::U32(2)),
+        ("llama.attention.head_count_kv", Meta::U32(2)),
+        ("llama.attention.layer_norm_rms_epsilon", Meta::F32(1e-5)),
+    ];
+    fs::write(folder.join("t.gguf"), gguf(&metadata, &tensors)).unwrap();
+    let report = quietly(&folder.join("t.gguf"), &folder.join("out.fby"), &ConvertOptions::default()).unwrap();
+    assert_eq!(report.encodings["ternary group 128"].squared_error, 0.0);
+    assert_eq!(report.encodings["ternary group 128"].weights, 7 * 256 * 256);
+    let image = Image::open(&folder.join("out.fby"));
+    let values = |name: &str| tensors[&format!("blk.0.{name}.weight")].values();
+    assert_eq!(image.tensor(0, Role::AttentionOut).unwrap().1, values("attn_output"));
+    assert_eq!(image.tensor(0, Role::Value).unwrap().1, values("attn_v"));
+    let up: Vec<f32> = (0..image.layer(0).units).flat_map(|u| matrix_values(&image.unit(0, u, 1).up)).collect();
+    assert_eq!(up, values("ffn_up"));
 }
 
 #[test]
