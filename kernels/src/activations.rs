@@ -145,11 +145,13 @@ impl TokenActs<'_> {
         f32::from_ne_bytes(word(self.scales, group))
     }
     /// All scales, as bytes.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub fn scales(&self) -> &[[u8; 4]] {
         self.scales.as_chunks().0
     }
     /// The sums of all groups' codes, as bytes.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub fn sums(&self) -> &[[u8; 4]] {
         self.sums.as_chunks().0

@@ -22,8 +22,8 @@ use serde_json::Value;
 struct Linux {
     target: &'static str,
     qemu: &'static str,
-    /// QEMU's processors, and the back-end that is found on each.
-    cpus: &'static [(&'static str, &'static str)],
+    /// QEMU's processors, and the back-ends of each: the one that is found, then those that are asked for by name.
+    cpus: &'static [(&'static str, &'static [&'static str])],
     program: OnceLock<PathBuf>,
 }
 
@@ -31,7 +31,7 @@ static AARCH64: Linux = Linux {
     target: "aarch64-unknown-linux-gnu",
     qemu: "qemu-aarch64",
     // Raspberry Pi 5 and 4.
-    cpus: &[("cortex-a76", "dotprod"), ("cortex-a72", "neon")],
+    cpus: &[("cortex-a76", &["dotprod", "neon", "scalar"]), ("cortex-a72", &["neon"])],
     program: OnceLock::new(),
 };
 
@@ -39,14 +39,18 @@ static AARCH64: Linux = Linux {
 static ARMV7: Linux = Linux {
     target: "armv7-unknown-linux-gnueabihf",
     qemu: "qemu-arm",
-    cpus: &[("cortex-a7", "scalar")],
+    cpus: &[("cortex-a7", &["scalar"])],
     program: OnceLock::new(),
 };
 
 static RISCV64: Linux = Linux {
     target: "riscv64gc-unknown-linux-gnu",
     qemu: "qemu-riscv64",
-    cpus: &[("rv64,v=true,vlen=128", "rvv"), ("rv64,v=true,vlen=256", "rvv"), ("rv64,v=false", "scalar")],
+    cpus: &[
+        ("rv64,v=true,vlen=128", &["rvv"]),
+        ("rv64,v=true,vlen=256", &["rvv"]),
+        ("rv64,v=false", &["swar", "scalar"]),
+    ],
     program: OnceLock::new(),
 };
 
@@ -156,13 +160,17 @@ fn agrees(linux: &Linux) {
     let host = bundled();
     let path = host.path.to_str().unwrap();
     let mut texts = Vec::new();
-    for (cpu, backend) in linux.cpus {
+    let named = |(cpu, names): &(&'static str, &'static [&'static str])| {
+        names.iter().enumerate().map(|(at, name)| (*cpu, *name, at > 0)).collect::<Vec<_>>()
+    };
+    for (cpu, backend, forced) in linux.cpus.iter().flat_map(named) {
+        let choice: &[&str] = if forced { &["--backend", backend] } else { &[] };
         // Two thirds of the units are not in the pool, so that the file is read throughout.
         let words = ["run", path, "-p", PROMPT, "-n", "16", "--temp", "0", "--ignore-eos", "--json"];
-        let words = [&words[..], &["--threads", "2", "--ram", "4500K"]].concat();
+        let words = [&words[..], &["--threads", "2", "--ram", "4500K"], choice].concat();
         let out = linux.forebay(cpu, &words).unwrap();
         let report: Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
-        assert_eq!(report["backend"], *backend, "{} on {cpu}", linux.target);
+        assert_eq!(report["backend"], backend, "{} on {cpu}", linux.target);
         assert!(report["cache"]["misses"].as_u64() > Some(100), "nothing was streamed: {report}");
         let tokens = ids(&report["tokens"]);
         assert_eq!(tokens.len(), 16);
@@ -172,7 +180,8 @@ fn agrees(linux: &Linux) {
         let fed: Vec<u32> = host.prompt.iter().chain(&tokens[..15]).copied().collect();
         let list: Vec<String> = fed.iter().map(u32::to_string).collect();
         let array = dir.path().join("logits.npy");
-        linux.forebay(cpu, &["logits", path, "--token-ids", &list.join(","), "-o", array.to_str().unwrap()]);
+        let (list, array_path) = (list.join(","), array.to_str().unwrap());
+        linux.forebay(cpu, &[&["logits", path, "--token-ids", &list, "-o", array_path][..], choice].concat());
         let want = run(&host.image, &Setup { kv: KvFormat::F16, ..Setup::default() }, &fed).unwrap();
         let vocab = want.logits.len() / fed.len();
         let rows = want.logits.chunks_exact(vocab).skip(host.prompt.len() - 1);

@@ -93,11 +93,11 @@ impl Tensor {
     pub fn ternary(shape: &[usize], kind: u32, bytes: usize, name: &str) -> Self {
         let n = shape.iter().product::<usize>() / 256;
         let noise = numbers(name, n * bytes);
-        let digits = |x: &f32, count: u32| (0..count).map(move |i| ((x + 1.0) * 1e4) as u32 / 3u32.pow(i) % 3);
+        let digits = |x: f32, count: u32| (0..count).map(move |i| ((x + 1.0) * 1e4) as u32 / 3u32.pow(i) % 3);
         let byte = |x: &f32| match kind {
             // Five digits in 256ths of 3^5, rounded up; or four of 2 bits.
-            34 => (digits(x, 5).fold(0, |q, digit| 3 * q + digit) * 256).div_ceil(243) as u8,
-            _ => digits(x, 4).fold(0, |q, digit| 4 * q + digit) as u8,
+            34 => (digits(*x, 5).fold(0, |q, digit| 3 * q + digit) * 256).div_ceil(243) as u8,
+            _ => digits(*x, 4).fold(0, |q, digit| 4 * q + digit) as u8,
         };
         let mut data: Vec<u8> = noise.iter().map(byte).collect();
         for (i, block) in data.chunks_exact_mut(bytes).enumerate() {
