@@ -224,7 +224,7 @@ fn tq1(b: &[u8], y: &mut [f32]) {
         for (digit, y) in y.chunks_exact_mut(bytes.len()).enumerate() {
             for (y, byte) in y.iter_mut().zip(bytes) {
                 let shifted = byte.wrapping_mul(3u8.pow(digit as u32));
-                *y = (f32::from((u16::from(shifted) * 3 >> 8) as u8) - 1.0) * d;
+                *y = (f32::from(((u16::from(shifted) * 3) >> 8) as u8) - 1.0) * d;
             }
         }
     }
