@@ -52,7 +52,7 @@ pub fn quantise_row(
     let levels = iter::once(Prefix::WHOLE).chain(prefixes.iter().copied());
     wanted.clear();
     levels.clone().for_each(|_| wanted.extend_from_slice(x));
-    let top = (1u8 << grid.bits) - 1;
+    let top = grid.top() as u8;
     for (g, from) in (0..n).step_by(group).enumerate() {
         let columns = from..(from + group).min(n);
         let mut of_prefix = [&x[..0]; MAX_PREFIXES];
@@ -116,7 +116,7 @@ fn improve(
         }
     }
     let zero = f32::from(grid.zero_x2) / 2.0;
-    let top = (1u8 << grid.bits) - 1;
+    let top = grid.top() as u8;
     for (g, from) in (0..n).step_by(group).enumerate() {
         let columns = from..(from + group).min(n);
         let len = columns.len();
