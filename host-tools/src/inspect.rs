@@ -17,6 +17,7 @@ use serde::Serialize;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::convert::encoding_name;
+use crate::settings::Settings;
 
 /// What is in an image.
 #[derive(Clone, Debug, Serialize)]
@@ -37,6 +38,8 @@ pub struct Inspection {
     pub units: ExtentsInfo,
     /// The METADATA section, if it is JSON.
     pub metadata: Option<serde_json::Value>,
+    /// What `forebay plan` chose, if it did.
+    pub settings: Option<Settings>,
 }
 
 /// The container.
@@ -258,6 +261,7 @@ fn read(path: &Path) -> Result<Inspection> {
         resident,
         units,
         metadata,
+        settings: Settings::load(path)?,
     })
 }
 
@@ -277,7 +281,7 @@ fn text(bytes: &[u8]) -> String {
 }
 
 /// Bytes in the unit that suits.
-fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     match bytes {
         0..1024 => format!("{bytes} B"),
         1024..1_048_576 => format!("{:.1} KiB", bytes as f64 / 1024.0),
@@ -339,6 +343,6 @@ impl fmt::Display for Inspection {
                 size(layer.resident_len)
             )?;
         }
-        Ok(())
+        self.settings.as_ref().map_or(Ok(()), |settings| write!(f, "  {settings}"))
     }
 }

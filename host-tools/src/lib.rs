@@ -7,6 +7,7 @@ pub mod gguf;
 pub mod inspect;
 pub mod moments;
 pub mod neurons;
+pub mod planner;
 pub mod profile;
 pub mod quantize;
 pub mod settings;

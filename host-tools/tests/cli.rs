@@ -581,6 +581,115 @@ fn inspect_shows_the_plan() {
     failure(1, &["inspect", image(), "--ram", "100K"], &["--ram 100K is too small"]);
 }
 
+/// A copy of the bundled model's image, to be planned.
+fn own_image(name: &str) -> String {
+    let path = scratch(name).join("tiny.fby");
+    std::fs::copy(image(), &path).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// A plan of `image` on a slow device.
+fn planned(image: &str, options: &[&str]) -> Value {
+    let fixed = ["plan", image, "--device", "bw=200MB/s,lat=100us,qd=8", "-c", "96", "--tokens", "96", "--json"];
+    let args: Vec<&str> = fixed.iter().chain(options).copied().collect();
+    serde_json::from_str(&stdout(&args)).unwrap()
+}
+
+/// The JSON of a run of `image`.
+fn run_of(image: &str, options: &[&str]) -> Value {
+    let fixed = ["run", image, "--token-ids", "1,310,272,500,261", "-n", "24", "-c", "96", "--temp", "0", "--json"];
+    let args: Vec<&str> = fixed.iter().chain(options).copied().collect();
+    serde_json::from_str(stdout(&args).lines().last().unwrap()).unwrap()
+}
+
+#[test]
+fn a_plan_is_kept_in_the_image_and_used() {
+    let image = own_image("plan");
+    let before = std::fs::read(&image).unwrap();
+    let json = planned(&image, &["--ram", "3300K", "--dry-run"]);
+    assert!(std::fs::read(&image).unwrap() == before && json["written"] == false);
+    let json = planned(&image, &["--ram", "3300K"]);
+    // Nothing but the other superblock and the plan behind everything else was written.
+    let after = std::fs::read(&image).unwrap();
+    assert!(after[..4096] == before[..4096] && after[8192..before.len()] == before[8192..]);
+    assert!(after[4096..8192] != before[4096..8192] && after.len() > before.len());
+    let plan = &json["plan"];
+    let rate = |value: &Value| value.as_f64().unwrap();
+    assert!(rate(&plan["predicted"]["hit_rate"]) >= rate(&plan["lru_hit_rate"]));
+    assert!(rate(&plan["predicted"]["hit_rate"]) <= rate(&plan["belady_hit_rate"]));
+    assert!(rate(&plan["predicted"]["worst_token_s"]) > 1.0 / rate(&plan["predicted"]["tok_s"]));
+    assert_eq!(plan["policy"]["loading"], "exact");
+    assert!(json["candidates"].as_array().unwrap().len() > 6);
+    // It is shown and used; the result is that of any other plan.
+    let shown: Value = serde_json::from_str(&stdout(&["inspect", &image, "--json"])).unwrap();
+    assert_eq!(shown["settings"], *plan);
+    assert_eq!(shown["plan"]["arena"], 3300 * 1024 / 4096 * 4096);
+    assert!(stdout(&["inspect", &image]).contains("plan for 3.2 MiB, 200.0 MB/s and 100 us: exact"));
+    let used = run_of(&image, &[]);
+    assert_eq!(used["arena_bytes"], 3300 * 1024 / 4096 * 4096);
+    assert_eq!(used["policy"]["eviction"], plan["policy"]["eviction"]);
+    assert_eq!(used["policy"]["from_plan"], serde_json::json!(["ram", "loading", "eviction", "prefetch"]));
+    let overridden = run_of(&image, &["--ram", "4M", "--eviction", "s3fifo", "--policy", "exact"]);
+    assert_eq!((&overridden["arena_bytes"], &overridden["policy"]["eviction"]), (&(4 << 20).into(), &"s3fifo".into()));
+    assert_eq!(overridden["policy"]["from_plan"], serde_json::json!(["prefetch"]));
+    let ignored = run_of(&image, &["--no-plan"]);
+    assert_eq!(ignored["policy"]["from_plan"], serde_json::json!([]));
+    assert!(ignored["arena_bytes"].as_u64() > used["arena_bytes"].as_u64());
+    assert!(used["tokens"] == ignored["tokens"] && overridden["tokens"] == ignored["tokens"]);
+    let text = String::from_utf8(output(&["run", &image, "-p", "The king", "-n", "8", "-c", "96"]).stderr).unwrap();
+    assert!(text.contains("ram, loading, eviction, prefetch from the image's plan"), "{text}");
+    // A longer context than it was made for is refused with what would do.
+    failure(1, &["run", &image, "-p", "A", "-c", "2048"], &["the memory of the image's plan", "at least --ram"]);
+    // Planning again replaces it.
+    let again = planned(&image, &["--ram", "3600K"]);
+    assert_eq!(again["plan"]["ram"], 3600 * 1024);
+    assert_eq!(run_of(&image, &[])["arena_bytes"], 3600 * 1024);
+    assert!(std::fs::metadata(&image).unwrap().len() <= after.len() as u64 + 4096);
+}
+
+#[test]
+fn traces_are_replayed_if_they_are_of_the_image() {
+    let image = own_image("plan-trace");
+    let folder = scratch("plan-traces");
+    let trace = folder.join("trace").to_str().unwrap().to_owned();
+    run_of(&image, &["-n", "88", "--ignore-eos", "--trace", &trace]);
+    let json = planned(&image, &["--ram", "3300K", "--trace", &trace]);
+    assert_eq!(json["plan"]["trace_tokens"], 92);
+    let other = folder.join("other.fby").to_str().unwrap().to_owned();
+    stdout(&["convert", model().to_str().unwrap(), "--unit-weights", "q3", "-o", &other]);
+    let args = |image: &'static str, trace: &'static str| {
+        ["plan", image, "--ram", "3300K", "-c", "96", "--device", "pi4-sd", "--trace", trace]
+    };
+    let leak = |text: &str| -> &'static str { Box::leak(text.to_owned().into_boxed_str()) };
+    failure(1, &args(leak(&other), leak(&trace)), &["is of another image", "run", "--trace"]);
+    let short = folder.join("short").to_str().unwrap().to_owned();
+    run_of(&image, &["-n", "4", "--trace", &short]);
+    failure(1, &args(leak(&image), leak(&short)), &["3 tokens", "at least 64"]);
+    failure(1, &args(leak(&image), leak(&image)), &["reading the trace", "expected a trace"]);
+    failure(1, &args(leak(&image), "/nowhere"), &["reading the trace", "/nowhere"]);
+    failure(2, &["plan", &image, "--ram", "3300K"], &["--device"]);
+    failure(1, &["plan", &image, "--ram", "100K", "--device", "pi4-sd"], &["--ram 100K is too small"]);
+    failure(1, &["plan", &image, "--ram", "8M", "--device", "pi4-sd", "--tokens", "9"], &["--tokens 9", "64"]);
+}
+
+#[test]
+fn thresholds_are_found_and_become_the_default() {
+    let image = own_image("plan-loss");
+    let prompt = ["run", &image, "-p", "A", "-n", "4", "-c", "96", "--policy", "scored", "--json"];
+    failure(1, &prompt, &["no thresholds are known", "--thresholds", "forebay plan"]);
+    let json = planned(&image, &["--ram", "3300K", "--max-loss", "20%", "--tokens", "256"]);
+    let found = &json["plan"]["profiled"];
+    assert!(found["full"].as_f64().unwrap() < 1.0 && found["loss"].as_f64().unwrap() <= 0.2, "{found}");
+    assert!(json["profiled"].as_array().unwrap().contains(found));
+    let scored: Value = serde_json::from_str(stdout(&prompt).lines().last().unwrap()).unwrap();
+    assert_eq!(scored["policy"]["thresholds"], serde_json::json!([found["full"], found["low"]]));
+    assert_eq!(scored["policy"]["from_plan"], serde_json::json!(["ram", "thresholds", "eviction", "prefetch"]));
+    // What loses something only wins where it is allowed, and says so.
+    let planned = &json["plan"]["policy"]["loading"];
+    assert!(*planned != "exact", "{planned}");
+    assert_eq!(run_of(&image, &[])["policy"]["loading"], *planned);
+}
+
 #[test]
 fn bench_measures_both_tests_and_what_is_streamed() {
     let lines = stdout(&["bench", image(), "-p", "24", "-n", "12", "-r", "2", "--ram", "4M", "--json"]);

@@ -14,6 +14,8 @@ const NONE: u32 = u32::MAX;
 const S3_SMALL: usize = 10;
 /// S3-FIFO counts uses up to this.
 const S3_MOST: u8 = 3;
+/// Tokens after which a use counts half to [`Eviction::Density`].
+const HALF_LIFE: u32 = 128;
 
 /// Weights of HOBBIT's cache score; they should sum to 1.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -47,14 +49,31 @@ pub enum Eviction {
     Apex,
     /// S3-FIFO (SOSP'23): a small and a main queue, and a memory of what left the small one.
     S3Fifo,
+    /// The least hit density, after LHD (Beckmann and others, NSDI'18): the probability that the unit's layer will use it,
+    /// divided by the layers until then. The probability is the share of the latest tokens that used the unit, mixed with
+    /// whether the latest one did.
+    Density(Density),
+}
+
+/// Parameters of [`Eviction::Density`].
+#[derive(Clone, Copy, PartialEq, Debug)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub struct Density {
+    /// Weight of the latest token in the probability, 0 to 1.
+    pub recent: f32,
+    /// Layers that are added to every distance: the more, the less distances matter.
+    pub offset: f32,
 }
 
 impl Eviction {
     /// HOBBIT's score with equal weights.
     pub const HOBBIT: Self = Self::Hobbit(Weights { lru: 0.25, lfu: 0.25, lhu: 0.25, fld: 0.25 });
 
-    /// Every policy, HOBBIT's with equal weights.
-    pub const ALL: [Self; 5] = [Self::Lru, Self::Lfu, Self::HOBBIT, Self::Apex, Self::S3Fifo];
+    /// Hit density with parameters that suited the traces it was tried on (`docs/BENCHMARKS.md`, "Eviction").
+    pub const DENSITY: Self = Self::Density(Density { recent: 0.1, offset: 2.0 });
+
+    /// Every policy; HOBBIT's with equal weights, hit density with its usual parameters.
+    pub const ALL: [Self; 6] = [Self::Lru, Self::Lfu, Self::HOBBIT, Self::Apex, Self::S3Fifo, Self::DENSITY];
 
     /// The name that options and reports use.
     #[must_use]
@@ -65,10 +84,11 @@ impl Eviction {
             Self::Hobbit(_) => "hobbit",
             Self::Apex => "apex",
             Self::S3Fifo => "s3fifo",
+            Self::Density(_) => "density",
         }
     }
 
-    /// The policy of a name; HOBBIT's with equal weights.
+    /// The policy of a name, with the parameters that it has in [`Self::ALL`].
     #[must_use]
     pub fn by_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|policy| policy.name() == name)
@@ -116,6 +136,8 @@ pub struct UnitUse {
     last: u32,
     uses: u32,
     full: u32,
+    /// Uses, and those in full precision, that count half after every [`HALF_LIFE`] tokens; as of `last`.
+    fading: [f32; 2],
     /// S3-FIFO: number of the eviction from the small queue that it left by, counted from 1.
     left: u32,
 }
@@ -145,9 +167,17 @@ pub struct Directory<'a> {
     policy: Eviction,
     clock: u64,
     token: u32,
+    /// Tokens, fading as uses do: what a unit's uses would be if every token used it.
+    fading: f32,
     /// Evictions from S3-FIFO's small queue.
     left: u32,
     wasted: u64,
+}
+
+/// What is left of a use after so many tokens: a half after [`HALF_LIFE`], and straight lines between the halvings.
+fn faded(tokens: u32) -> f32 {
+    let halvings = (tokens / HALF_LIFE).min(63);
+    (1.0 - 0.5 * (tokens % HALF_LIFE) as f32 / HALF_LIFE as f32) / (1u64 << halvings) as f32
 }
 
 impl<'a> Directory<'a> {
@@ -173,6 +203,7 @@ impl<'a> Directory<'a> {
             policy,
             clock: 0,
             token: 0,
+            fading: 0.0,
             left: 0,
             wasted: 0,
         }
@@ -214,6 +245,7 @@ impl<'a> Directory<'a> {
     /// A token, or a batch of them, begins.
     pub fn begin_token(&mut self) {
         self.token = self.token.saturating_add(1);
+        self.fading = self.fading * faded(1) + 1.0;
     }
 
     /// A unit's first `used` pieces are used; `full` if that is its full precision.
@@ -230,6 +262,8 @@ impl<'a> Directory<'a> {
             }
         }
         if let Some(unit) = self.units.get_mut(unit as usize) {
+            let left = faded(self.token.saturating_sub(unit.last));
+            unit.fading = [unit.fading[0] * left + 1.0, unit.fading[1] * left + if full { 1.0 } else { 0.0 }];
             unit.last = self.token;
             unit.uses = unit.uses.saturating_add(1);
             unit.full = unit.full.saturating_add(full.into());
@@ -345,6 +379,17 @@ impl<'a> Directory<'a> {
                 let low = f64::from(known.uses - known.full) / f64::from(self.pieces);
                 let previous = known.last + 1 >= self.token;
                 (f64::from(known.full) + low) / (ahead + 1.0) + if previous { now } else { 0.0 } + recent / now
+            }
+            Eviction::Density(Density { recent, offset }) => {
+                let left = faded(self.token.saturating_sub(known.last));
+                let share = known.fading[usize::from(piece > 0)] * left / self.fading.max(1.0);
+                // The layers after the present one have not had the present token yet.
+                let latest = self.token - u32::from(entry.layer > present).min(self.token);
+                let again = if known.last >= latest && uses > 0 { 1.0 } else { 0.0 };
+                let probability = recent * again + (1.0 - recent) * share;
+                // What the present layer does not need waits for the next token.
+                let distance = if ahead == 0.0 { layers } else { ahead };
+                f64::from(probability) / (distance + f64::from(offset))
             }
         }
     }

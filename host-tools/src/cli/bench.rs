@@ -111,7 +111,7 @@ pub fn main(args: &BenchArgs) -> Result<()> {
         );
         println!("|---|---:|---:|---|---:|---|---:|---:|---:|---:|");
     }
-    let policy = PolicyReport::new(&setup.plan.limits.policy, setup.deadline_ms);
+    let policy = PolicyReport::new(&setup);
     session::run(&found.file, setup, |session| {
         for (kind, count, step) in tests.into_iter().filter(|(_, count, _)| *count > 0) {
             let tokens = ids(count, vocab);

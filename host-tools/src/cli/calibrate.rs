@@ -143,7 +143,7 @@ impl Pass<'_, '_, '_, '_> {
                 chunk[0] = bos;
             }
             begin(observer, chunk.len());
-            self.session.watch(chunk, Output::None, observer)?;
+            self.session.watch(chunk, Output::None, observer, |_, _| ())?;
             self.bar.inc(chunk.len() as u64);
         }
         Ok(())

@@ -8,15 +8,16 @@ use forebay::inspect::inspect;
 use forebay_runtime::plan::Plan;
 use serde_json::json;
 
-use super::{MachineArgs, ModelArgs};
-use crate::host::session::{self, Extra, Request};
+use super::{MachineArgs, ModelArgs, Wanted};
+use crate::host::session::Extra;
 use crate::host::size::bytes_text;
 
 #[derive(Args)]
 pub struct InspectArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Tokens of the longest sequence, for the plan of the arena [default: the model's, at most 4096]
+    /// Tokens of the longest sequence, for the plan of the arena [default: as the image was planned for, else
+    /// the model's, at most 4096]
     #[arg(short, long, value_name = "TOKENS", value_parser = super::positive)]
     context: Option<usize>,
     #[command(flatten)]
@@ -31,16 +32,11 @@ pub fn main(args: &InspectArgs) -> Result<()> {
     let inspection = inspect(&found.file.path)?;
     let (plan, units) = found.file.probe(|image, _| {
         let model = image.model();
-        let request = Request {
-            context: args.context.unwrap_or(model.context().min(super::LONG_CONTEXT)),
-            batch: args.machine.batch,
-            logit_rows: 1,
-            kv: args.machine.kv(model),
-            threads: args.machine.threads(),
-            policy: args.machine.policy.policy()?.0,
-            extra: Extra::default(),
-        };
-        let plan = session::plan(&found.file, image, &request, &args.machine.ram(found.bundled))?;
+        let planned = inspection.settings.as_ref().filter(|_| !args.machine.no_plan).map(|settings| settings.context);
+        let context = args.context.or(planned).unwrap_or(model.context().min(super::LONG_CONTEXT));
+        let wanted =
+            Wanted { context, batch: usize::MAX, logit_rows: 1, extra: Extra::default(), with_tokenizer: false };
+        let (plan, ..) = args.machine.plan(&found, image, &wanted)?;
         Ok((plan, model.unit_count()))
     })?;
     let mut out = std::io::stdout().lock();

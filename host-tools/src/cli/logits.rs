@@ -9,6 +9,7 @@ use clap::Args;
 use forebay_runtime::engine::Output;
 
 use super::{MachineArgs, ModelArgs, Wanted, check_ids, check_output};
+use crate::host::accounting::PolicyReport;
 use crate::host::npy;
 use crate::host::session::{self, Extra};
 
@@ -49,6 +50,9 @@ pub fn main(args: &LogitsArgs) -> Result<()> {
         let setup = args.machine.setup(&found, image, backend, wanted)?;
         Ok((setup, model.vocab()))
     })?;
+    if setup.plan.limits.policy.by_level() {
+        eprintln!("note: not full precision: {}", PolicyReport::new(&setup).text());
+    }
     let what = || format!("writing {}", args.output.display());
     let mut out = BufWriter::new(File::create(&args.output).with_context(what)?);
     npy::write_header(&mut out, tokens.len(), vocab).with_context(what)?;

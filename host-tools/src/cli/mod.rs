@@ -12,6 +12,7 @@ mod inspect;
 mod kernels;
 mod logits;
 mod perplexity;
+mod plan;
 mod policy;
 mod run;
 mod synth;
@@ -22,12 +23,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use forebay::convert::{ConvertOptions, WeightChoice};
+use forebay::settings::Settings;
 use forebay_kernels::attention::KvFormat;
 use forebay_kernels::exec::Backend;
 use forebay_kernels::weights::{Fields, Group, MAX_FIELDS};
 use forebay_runtime::model::Model;
 use forebay_runtime::model::record::ModelRecord;
 use forebay_runtime::open::Image;
+use forebay_runtime::plan::Plan;
 use forebay_runtime::sample::SamplerParams;
 use forebay_storage::layers::DeviceProfile;
 
@@ -64,6 +67,8 @@ enum Command {
     Perplexity(perplexity::PerplexityArgs),
     /// Show what is in an image, and how the arena would be split.
     Inspect(inspect::InspectArgs),
+    /// Choose how experts are loaded and kept for a memory and a device, and write that into the image.
+    Plan(plan::PlanArgs),
     /// Measure how fast a device reads.
     FlashProfile(flash_profile::FlashProfileArgs),
     /// Make a model of random weights with the shapes of a known one.
@@ -99,6 +104,7 @@ pub fn main() -> Result<()> {
         Command::Logits(args) => logits::main(&args),
         Command::Perplexity(args) => perplexity::main(&args),
         Command::Inspect(args) => inspect::main(&args),
+        Command::Plan(args) => plan::main(&args),
         Command::FlashProfile(args) => flash_profile::main(&args),
         Command::Synth(args) => synth::main(&args),
         Command::Tokenize(args) => tokenize::main(&args),
@@ -179,20 +185,15 @@ enum Kv {
     Q8,
 }
 
-/// Where and with what a model runs. None of it changes a bit of the result, but for `--kv` and a policy that is not
-/// exact.
+/// With what a model is computed and read.
 #[derive(Args)]
-struct MachineArgs {
-    /// The whole memory of the run: bytes, or with a unit such as 64M, 2G, 512KiB [default: what everything takes,
-    /// at most half of the machine's; for the bundled model a pool of a third of what is streamed]
-    #[arg(long, value_name = "SIZE")]
-    ram: Option<Size>,
+struct ComputeArgs {
     /// Threads that compute [default: the machine's cores]
     #[arg(short, long, value_name = "N", value_parser = positive)]
     threads: Option<usize>,
-    /// Most tokens of a prompt that are computed together; fewer are where memory is scarce
-    #[arg(short, long, value_name = "N", default_value = "64", value_parser = positive)]
-    batch: usize,
+    /// Most tokens of a prompt that are computed together; fewer are where memory is scarce [default: the plan's, else 64]
+    #[arg(short, long, value_name = "N", value_parser = positive)]
+    batch: Option<usize>,
     /// How keys and values are kept
     #[arg(long, value_enum, default_value = "auto")]
     kv: Kv,
@@ -202,15 +203,30 @@ struct MachineArgs {
     /// Where the image is read from
     #[arg(long, value_enum, default_value = "auto")]
     store: StoreKind,
+}
+
+/// Where and with what a model runs. None of it changes a bit of the result, but for `--kv` and a policy that is not
+/// exact.
+#[derive(Args)]
+struct MachineArgs {
+    /// The whole memory of the run: bytes, or with a unit such as 64M, 2G, 512KiB [default: the plan's; without one what
+    /// everything takes, at most half of the machine's; for the bundled model a pool of a third of what is streamed]
+    #[arg(long, value_name = "SIZE")]
+    ram: Option<Size>,
+    #[command(flatten)]
+    compute: ComputeArgs,
     /// Read no faster than this device: a name such as pi4-sd, bw=400MB/s,lat=120us,iops=20k,qd=8, or a file that
     /// `forebay flash-profile -o` wrote (its name ends in .json)
     #[arg(long, value_name = "NAME|LIST|FILE", value_parser = device)]
     device: Option<DeviceProfile>,
     #[command(flatten)]
     policy: policy::PolicyArgs,
+    /// Take nothing from the plan that `forebay plan` wrote into the image
+    #[arg(long)]
+    no_plan: bool,
 }
 
-impl MachineArgs {
+impl ComputeArgs {
     fn threads(&self) -> usize {
         self.threads.unwrap_or_else(session::cores)
     }
@@ -223,10 +239,6 @@ impl MachineArgs {
         })
     }
 
-    fn store(&self) -> StoreOptions {
-        StoreOptions { kind: self.store, device: self.device }
-    }
-
     fn kv(&self, model: &Model<'_>) -> KvFormat {
         match self.kv {
             Kv::Auto => session::default_kv(model),
@@ -235,15 +247,10 @@ impl MachineArgs {
             Kv::Q8 => KvFormat::Q8,
         }
     }
-
-    fn ram(&self, bundled: bool) -> Ram {
-        match &self.ram {
-            Some(size) => Ram::Given(size.clone()),
-            None if bundled => Ram::Streaming,
-            None => Ram::Ample,
-        }
-    }
 }
+
+/// Most tokens of a prompt that are computed together unless it is said.
+const BATCH: usize = 64;
 
 /// What a command needs of a session, besides the machine.
 struct Wanted {
@@ -260,12 +267,25 @@ struct Wanted {
 }
 
 impl MachineArgs {
-    /// Plans the arena and says everything that a session is told.
-    fn setup(&self, found: &Found, image: &Image<'_>, backend: Backend, wanted: Wanted) -> Result<Setup> {
-        let Wanted { context, batch, logit_rows, extra, with_tokenizer } = wanted;
-        let threads = self.threads();
-        let (batch, kv) = (self.batch.min(batch), self.kv(image.model()));
-        let (policy, deadline_ms) = self.policy.policy()?;
+    fn threads(&self) -> usize {
+        self.compute.threads()
+    }
+
+    fn backend(&self) -> Result<Backend> {
+        self.compute.backend()
+    }
+
+    /// How the arena is split for `context` tokens, at most `batch` of them at once, with `logit_rows` rows of logits and
+    /// `extra` beside the engine; and what of that comes from the image's plan.
+    fn plan(
+        &self,
+        found: &Found,
+        image: &Image<'_>,
+        wanted: &Wanted,
+    ) -> Result<(Plan, Option<f64>, Vec<&'static str>)> {
+        let Wanted { context, batch, logit_rows, extra, .. } = *wanted;
+        let stored = if self.no_plan { None } else { Settings::load(&found.file.path)? };
+        let (policy, deadline_ms, mut planned) = self.policy.policy(stored.as_ref())?;
         ensure!(
             policy.neurons_kept >= 1.0 || (0..image.model().layer_count() as u16).any(|l| image.model().predicts(l)),
             "--neurons-kept {}: {} cannot tell which neurons a token needs; make a neuron plan with `forebay calibrate` \
@@ -273,9 +293,28 @@ impl MachineArgs {
             policy.neurons_kept,
             found.file.path.display()
         );
-        let request = Request { context, batch, logit_rows, kv, threads, policy, extra };
-        let plan = session::plan(&found.file, image, &request, &self.ram(found.bundled))?;
-        Ok(Setup { plan, extra, backend, threads, store: self.store(), with_tokenizer, deadline_ms })
+        let ram = match (&self.ram, &stored) {
+            (Some(size), _) => Ram::Given(size.clone()),
+            (None, Some(stored)) => {
+                planned.insert(0, "ram");
+                Ram::Planned(stored.ram)
+            }
+            (None, None) if found.bundled => Ram::Streaming,
+            (None, None) => Ram::Ample,
+        };
+        let most = self.compute.batch.or(stored.map(|stored| stored.batch)).unwrap_or(BATCH);
+        let kv = self.compute.kv(image.model());
+        let request =
+            Request { context, batch: batch.min(most), logit_rows, kv, threads: self.threads(), policy, extra };
+        Ok((session::plan(&found.file, image, &request, &ram)?, deadline_ms, planned))
+    }
+
+    /// Plans the arena and says everything that a session is told.
+    fn setup(&self, found: &Found, image: &Image<'_>, backend: Backend, wanted: Wanted) -> Result<Setup> {
+        let (plan, deadline_ms, planned) = self.plan(found, image, &wanted)?;
+        let Wanted { extra, with_tokenizer, .. } = wanted;
+        let store = StoreOptions { kind: self.compute.store, device: self.device };
+        Ok(Setup { plan, extra, backend, threads: self.threads(), store, with_tokenizer, deadline_ms, planned })
     }
 }
 

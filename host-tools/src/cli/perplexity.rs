@@ -6,7 +6,6 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use forebay_runtime::engine::Output;
 use forebay_runtime::tokenizer::EncodeOptions;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -14,10 +13,8 @@ use serde::Serialize;
 use super::{MachineArgs, ModelArgs, Wanted};
 use crate::host::accounting::{Accounting, Counts, PolicyReport};
 use crate::host::generate::rate;
+use crate::host::score::{LOGIT_ROWS, score_chunk};
 use crate::host::session::{self, Extra};
-
-/// Rows of logits that are kept at once.
-const LOGIT_ROWS: usize = 16;
 
 /// Measure how well a model predicts a text, by the method of llama.cpp's llama-perplexity.
 ///
@@ -55,11 +52,8 @@ struct Score {
 }
 
 impl Score {
-    /// Adds a token: the negative logarithm of its probability.
-    fn add(&mut self, logits: &[f32], token: u32) {
-        let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().map(|x| f64::from(x - top).exp()).sum();
-        let nll = sum.ln() - f64::from(logits[token as usize] - top);
+    /// Adds a token's negative logarithm of its probability.
+    fn add(&mut self, nll: f64) {
         self.count += 1;
         self.nll += nll;
         self.nll_squared += nll * nll;
@@ -135,25 +129,11 @@ pub fn main(args: &PerplexityArgs) -> Result<()> {
         bar.set_style(style.progress_chars("=> "));
     }
     let mut score = Score::default();
-    let policy = PolicyReport::new(&setup.plan.limits.policy, setup.deadline_ms);
+    let policy = PolicyReport::new(&setup);
     let start = Instant::now();
     let cache = session::run(&found.file, setup, |session| {
         for chunk in tokens.chunks_exact_mut(context).take(chunks) {
-            session.reset()?;
-            if let Some(bos) = bos {
-                chunk[0] = bos;
-            }
-            // The last token has nothing after it to be scored.
-            let (first, last) = (context / 2, context - 1);
-            let vocab = session.engine.vocab();
-            if first > 0 {
-                session.feed(&chunk[..first], Output::None, |_, _| ())?;
-            }
-            session.feed(&chunk[first..last], Output::All, |position, rows| {
-                for (row, logits) in rows.chunks_exact(vocab).enumerate() {
-                    score.add(logits, chunk[position + row + 1]);
-                }
-            })?;
+            score_chunk(session, chunk, bos, |nll| score.add(nll))?;
             bar.set_message(format!("perplexity {:.4}", score.perplexity()));
             bar.inc(1);
         }
@@ -196,12 +176,13 @@ pub fn main(args: &PerplexityArgs) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::score::nll;
 
     #[test]
     fn a_uniform_guess_has_the_perplexity_of_its_choices() {
         let mut score = Score::default();
         for token in 0..8 {
-            score.add(&[3.0; 8], token);
+            score.add(nll(&[3.0; 8], token));
         }
         assert!((score.perplexity() - 8.0).abs() < 1e-12);
         assert!(score.error() < 1e-6);
@@ -211,8 +192,8 @@ mod tests {
     fn the_error_is_that_of_the_mean() {
         let mut score = Score::default();
         // Probabilities 3/4 and 1/4.
-        score.add(&[3f32.ln(), 0.0], 0);
-        score.add(&[3f32.ln(), 0.0], 1);
+        score.add(nll(&[3f32.ln(), 0.0], 0));
+        score.add(nll(&[3f32.ln(), 0.0], 1));
         let (a, b) = (-(0.75f64.ln()), -(0.25f64.ln()));
         let perplexity = ((a + b) / 2.0).exp();
         assert!((score.perplexity() - perplexity).abs() < 1e-6);

@@ -202,7 +202,7 @@ fn prepare(
     let setup = args.machine.setup(found, image, backend, wanted)?;
     let record = model.record();
     let name = format!("{} ({}, {})", label(&record.name), label(&record.family), label(&record.weights_label));
-    let policy = PolicyReport::new(&setup.plan.limits.policy, setup.deadline_ms);
+    let policy = PolicyReport::new(&setup);
     Ok(Prepared { prompt, setup, count: args.n.unwrap_or(DEFAULT_COUNT), params, name, policy })
 }
 

@@ -6,11 +6,18 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use forebay::convert::{ConvertOptions, convert_source};
+use forebay::simulate::{Behaviour, behaviour};
 use forebay::synth::{Options, SHAPES, Shape, Synthetic};
+use forebay::trace::{Head, Trace};
+use forebay_kernels::exec::Backend;
+use forebay_runtime::policy::Policy;
 
 use super::check_output;
 use crate::host::models::Bar;
+use crate::host::rehearse::{Score, rehearse};
+use crate::host::session::{self, Extra, ImageFile, Ram, Request, Setup};
 use crate::host::size::{Size, bytes_text};
+use crate::host::store::{StoreKind, StoreOptions};
 
 /// Make a model of random weights with the exact shapes of a known one.
 ///
@@ -52,6 +59,10 @@ pub struct SynthArgs {
     /// Write 4096 token ids that stay with their topics for about 32 tokens each, as --token-ids takes them
     #[arg(long, value_name = "FILE")]
     ids: Option<PathBuf>,
+    /// Compute as many of those ids as is said here, and say how the routers as made behave: how unequally experts are
+    /// used, and how soon again
+    #[arg(long, value_name = "TOKENS", value_parser = super::positive, num_args = 0..=1, default_missing_value = "512")]
+    stats: Option<usize>,
     /// Report as JSON
     #[arg(long)]
     json: bool,
@@ -107,14 +118,51 @@ pub fn main(args: &SynthArgs) -> Result<()> {
         let ids: Vec<String> = model.tokens(IDS).iter().map(u32::to_string).collect();
         std::fs::write(path, ids.join(",") + "\n").with_context(|| format!("writing {}", path.display()))?;
     }
+    let stats = args.stats.map(|count| stats(&args.output, &model.tokens(count))).transpose()?;
     let mut out = std::io::stdout().lock();
     if args.json {
-        writeln!(out, "{}", serde_json::to_string(&report)?)?;
+        let mut json = serde_json::to_value(&report)?;
+        json["routing"] = serde_json::to_value(stats)?;
+        writeln!(out, "{json}")?;
         return Ok(());
     }
     write!(out, "{report}")?;
+    if let Some(stats) = stats {
+        writeln!(out, "routing: {stats}")?;
+    }
     if let Some(path) = &args.gguf {
         writeln!(out, "the same as GGUF: {} ({})", path.display(), bytes_text(model.gguf_len()))?;
     }
     Ok(())
+}
+
+/// How the routers of the image at `path` behave on `tokens`.
+fn stats(path: &std::path::Path, tokens: &[u32]) -> Result<Behaviour> {
+    let file = ImageFile::open(path)?;
+    let threads = session::cores();
+    let (plan, head) = file.probe(|image, _| {
+        let model = image.model();
+        let request = Request {
+            context: tokens.len().min(model.context()),
+            batch: 1,
+            logit_rows: 1,
+            kv: session::default_kv(model),
+            threads,
+            policy: Policy::default(),
+            extra: Extra::default(),
+        };
+        Ok((session::plan(&file, image, &request, &Ram::Ample)?, Head::new(file.superblock.id(), model)))
+    })?;
+    let setup = Setup {
+        plan,
+        extra: Extra::default(),
+        backend: Backend::detect(),
+        threads,
+        store: StoreOptions { kind: StoreKind::Auto, device: None },
+        with_tokenizer: false,
+        deadline_ms: None,
+        planned: Vec::new(),
+    };
+    let made = session::run(&file, setup, |session| rehearse(session, Score::Text(tokens)))?;
+    Ok(behaviour(&Trace { head, passes: made.passes }))
 }

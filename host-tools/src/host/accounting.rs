@@ -1,9 +1,11 @@
 //! What a run read and used, for reports: one line of JSON or a few of a table.
 
+use forebay::settings::eviction_text;
 use forebay_runtime::engine::{Engine, LayerStats, Stats};
-use forebay_runtime::policy::{Loading, Policy};
+use forebay_runtime::policy::Loading;
 use serde::Serialize;
 
+use crate::host::session::Setup;
 use crate::host::size::bytes_text;
 
 /// The policy of a run, as it was.
@@ -14,7 +16,7 @@ pub struct PolicyReport {
     thresholds: Option<(f32, f32)>,
     low_levels: Option<u8>,
     deadline_ms: Option<f64>,
-    eviction: &'static str,
+    eviction: String,
     prefetch: u8,
     cache_bias: f32,
     cache_keep: u8,
@@ -22,11 +24,14 @@ pub struct PolicyReport {
     max_levels: Option<u8>,
     /// Share of the dense layers' neurons that was asked for, where that is not all.
     neurons_kept: Option<f32>,
+    /// What of a run's settings came from the image's plan.
+    from_plan: Vec<&'static str>,
 }
 
 impl PolicyReport {
-    /// `deadline_ms` is the governor's.
-    pub fn new(policy: &Policy, deadline_ms: Option<f64>) -> Self {
+    /// Of a session.
+    pub fn new(setup: &Setup) -> Self {
+        let (policy, deadline_ms) = (&setup.plan.limits.policy, setup.deadline_ms);
         let (thresholds, low_levels) = match policy.loading {
             Loading::Exact => (None, None),
             Loading::Scored(t) | Loading::Miss(t) => (Some((t.full, t.low)), Some(t.low_levels)),
@@ -37,12 +42,13 @@ impl PolicyReport {
             thresholds,
             low_levels,
             deadline_ms,
-            eviction: policy.eviction.name(),
+            eviction: eviction_text(&policy.eviction),
             prefetch: policy.prefetch,
             cache_bias: policy.cache_bias,
             cache_keep: policy.cache_keep,
             max_levels: (policy.max_levels != u8::MAX).then_some(policy.max_levels),
             neurons_kept: (policy.neurons_kept < 1.0).then_some(policy.neurons_kept),
+            from_plan: setup.planned.clone(),
         }
     }
 
@@ -67,6 +73,9 @@ impl PolicyReport {
         }
         if let Some(share) = self.neurons_kept {
             text += &format!(", a share of {share} of the dense neurons");
+        }
+        if !self.from_plan.is_empty() {
+            text += &format!("; {} from the image's plan", self.from_plan.join(", "));
         }
         text
     }
@@ -183,6 +192,10 @@ impl Accounting {
                 self.retries
             ),
         )];
+        if self.misses > 0 && self.hit_rate_by_layer.len() > 1 {
+            let layers: Vec<_> = self.hit_rate_by_layer.iter().map(|rate| format!("{:.0}", 100.0 * rate)).collect();
+            rows.push(("by layer", format!("{} % hits", layers.join(" "))));
+        }
         if self.prefetched > 0 {
             let accuracy = self
                 .prediction_accuracy

@@ -5,6 +5,8 @@ pub mod generate;
 pub mod models;
 pub mod npy;
 pub mod port;
+pub mod rehearse;
+pub mod score;
 pub mod session;
 pub mod size;
 pub mod store;

@@ -181,6 +181,8 @@ impl Memory {
 pub enum Ram {
     /// So many bytes.
     Given(Size),
+    /// So many bytes, as the image's plan says.
+    Planned(u64),
     /// Room for everything, but at most half of the machine's memory.
     Ample,
     /// A pool of at most a third of the streamed bytes.
@@ -219,6 +221,8 @@ pub struct Setup {
     pub with_tokenizer: bool,
     /// Milliseconds that a generated token may take, under a deadline.
     pub deadline_ms: Option<f64>,
+    /// What comes from the image's plan, by name.
+    pub planned: Vec<&'static str>,
 }
 
 /// What a plan is made from, besides the image.
@@ -262,6 +266,7 @@ pub fn plan(file: &ImageFile, image: &Image<'_>, request: &Request, ram: &Ram) -
     let everything = whole.total().next_multiple_of(page) + page;
     let arena = match ram {
         Ram::Given(size) => size.bytes,
+        Ram::Planned(bytes) => *bytes,
         Ram::Ample => everything.min(physical_memory().map_or(u64::MAX, |n| n / 2)),
         Ram::Streaming => {
             let share = image.model().streamed_len() / 3;
@@ -282,6 +287,7 @@ pub fn plan(file: &ImageFile, image: &Image<'_>, request: &Request, ram: &Ram) -
         PlanError::TooSmall { need, context, .. } => {
             let given = match ram {
                 Ram::Given(size) => format!("--ram {}", size.text),
+                Ram::Planned(bytes) => format!("the memory of the image's plan ({})", bytes_text(*bytes)),
                 _ => format!("half of this machine's memory ({})", bytes_text(arena)),
             };
             let path = file.path.display();
@@ -467,10 +473,16 @@ impl Session<'_, '_> {
         self.started.elapsed()
     }
 
-    /// Feeds `tokens`, watched by `observer`.
-    pub fn watch(&mut self, tokens: &[u32], output: Output, observer: &mut impl Observer) -> Result<()> {
+    /// Feeds `tokens`, watched by `observer`; the logits that `output` wants go to `rows`, as [`Self::feed`] has it.
+    pub fn watch(
+        &mut self,
+        tokens: &[u32],
+        output: Output,
+        observer: &mut impl Observer,
+        rows: impl FnMut(usize, &mut [f32]),
+    ) -> Result<()> {
         let exec = Exec { backend: self.backend, workers: &self.workers };
-        drive::prefill(&mut self.engine, &mut self.store, &exec, tokens, output, observer, |_, _| ())
+        drive::prefill(&mut self.engine, &mut self.store, &exec, tokens, output, observer, rows)
             .map_err(|e| self.explain(e))
     }
 
@@ -512,6 +524,11 @@ impl Session<'_, '_> {
     /// Time spent waiting for the store.
     pub fn stalled(&self) -> Duration {
         self.stall.total
+    }
+
+    /// Reads that may be in flight.
+    pub fn depth(&self) -> usize {
+        self.store.depth()
     }
 
     /// Name of the instruction set.

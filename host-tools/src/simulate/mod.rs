@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 pub use belady::belady;
 use forebay_runtime::cache::{Claim, Directory, Entry, Residency, UnitUse};
 use forebay_runtime::policy::{Allowance, Choice, Held, Loading, Policy, plan_token};
-pub use timing::{Costs, Prediction, predict};
+pub use timing::{Costs, MeasuredCosts, Prediction, predict};
 
 use crate::trace::{Event, Head, Trace};
 
@@ -300,6 +300,33 @@ pub struct Behaviour {
     pub skew: f64,
     /// Share of all uses that the more popular half of the experts has, mean over layers.
     pub upper_half: f64,
+    /// Share of all uses that the most popular experts have, as many as a token uses, mean over layers.
+    pub top_share: f64,
+    /// Shares of uses of an expert that its layer had used within the last 1, 2, 4, 8, 16, 32 and 64 tokens, mean over
+    /// layers: how far apart uses are.
+    pub reused_within: [f64; REUSE],
+}
+
+/// Distances of [`Behaviour::reused_within`]: the powers of two from 1.
+const REUSE: usize = 7;
+
+impl std::fmt::Display for Behaviour {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let percent = |share: f64| format!("{:.1}", 100.0 * share);
+        let within: Vec<String> = self.reused_within.iter().map(|share| percent(*share)).collect();
+        write!(
+            f,
+            "{} % of a token's experts are those of the token before ({} % by chance); the most popular, as many as a token \
+             uses, have {} % of the uses, the popular half {} % (Zipf's exponent {:.2}); used again within 1, 2, 4, … 64 \
+             tokens: {} %",
+            percent(self.repeated),
+            percent(self.repeated_by_chance),
+            percent(self.top_share),
+            percent(self.upper_half),
+            self.skew,
+            within.join(", ")
+        )
+    }
 }
 
 /// How `trace` uses experts.
@@ -325,6 +352,8 @@ pub fn behaviour(trace: &Trace) -> Behaviour {
         let all: u64 = counts.iter().sum();
         sum.repeated += repeated as f64 / ((tokens.len() - 1) * top_k) as f64;
         sum.repeated_by_chance += top_k as f64 / f64::from(layer.units);
+        sum.top_share += counts[..top_k].iter().sum::<u64>() as f64 / all as f64;
+        reuse(&tokens, layer.units).into_iter().zip(&mut sum.reused_within).for_each(|(share, sum)| *sum += share);
         sum.upper_half += counts[..counts.len().div_ceil(2)].iter().sum::<u64>() as f64 / all as f64;
         sum.skew += zipf(&counts);
         layers += 1.0;
@@ -335,7 +364,25 @@ pub fn behaviour(trace: &Trace) -> Behaviour {
         repeated_by_chance: sum.repeated_by_chance / layers,
         skew: sum.skew / layers,
         upper_half: sum.upper_half / layers,
+        top_share: sum.top_share / layers,
+        reused_within: sum.reused_within.map(|share| share / layers),
     }
+}
+
+/// Shares of all uses but the first of each expert that come at most 1, 2, 4, … tokens after the one before.
+fn reuse(tokens: &[Vec<u16>], units: u16) -> [f64; REUSE] {
+    let mut last = vec![None; units.into()];
+    let mut within = [0u64; REUSE];
+    let mut all = 0u64;
+    for (at, token) in tokens.iter().enumerate() {
+        for unit in token {
+            if let Some(before) = last[usize::from(*unit)].replace(at) {
+                all += 1;
+                within.iter_mut().enumerate().filter(|(i, _)| at - before <= 1 << i).for_each(|(_, n)| *n += 1);
+            }
+        }
+    }
+    within.map(|n| n as f64 / all.max(1) as f64)
 }
 
 /// Slope of log count over log rank, by least squares; experts that were never chosen count half a use.
@@ -351,4 +398,24 @@ fn zipf(counts: &[u64]) -> f64 {
     }
     let spread = n * sxx - sx * sx;
     if spread > 0.0 { -(n * sxy - sx * sy) / spread } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::trace::Layer;
+    use forebay_runtime::policy::Source;
+
+    #[test]
+    fn behaviour_is_counted() {
+        let layer = Layer { experts: true, units: 4, top_k: 1, levels: 1, level_bytes: [4096, 0, 0, 0] };
+        let choose = |unit| Choice { unit, levels: 1, source: Source::Read, weight: 1.0, score: 0.0 };
+        let pass = |unit: &u16| vec![Event { layer: 0, choices: vec![choose(*unit)] }];
+        let passes = [0u16, 0, 1, 0, 2, 2, 0, 0].iter().map(pass).collect();
+        let got = behaviour(&Trace { head: Head { image: [0; 16], layers: vec![layer] }, passes });
+        assert_eq!((got.repeated, got.repeated_by_chance), (3.0 / 7.0, 0.25));
+        assert_eq!((got.top_share, got.upper_half), (5.0 / 8.0, 7.0 / 8.0));
+        // Uses again after 1, 2, 1 (of 2), 3 and 1 tokens.
+        assert_eq!(got.reused_within, [0.6, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0]);
+    }
 }

@@ -12,13 +12,18 @@ pub struct Costs {
     pub layer_s: Vec<f64>,
     /// Of the embedding, the final norm, the output head and whatever the caller does between tokens.
     pub token_s: f64,
-    /// Of a byte of a unit: its checksum is not told apart.
+    /// Of a byte of a unit that is computed with.
     pub unit_byte_s: f64,
+    /// Of a byte of a unit that is read: its checksum, and what the store does with it.
+    pub read_byte_s: f64,
+    /// From the moment a read has finished to the moment a waiting thread goes on.
+    pub wake_s: f64,
 }
 
 impl Costs {
     /// A token's computing time `token_s`, all units resident, shared out by the bytes that each part reads.
-    /// `resident` are the bytes of each layer's own tensors, `outside` those of the tensors that no layer has.
+    /// `resident` are the bytes of each layer's own tensors, `outside` those of the tensors that no layer has. Reading
+    /// costs nothing yet.
     #[must_use]
     pub fn share(head: &Head, resident: &[u64], outside: u64, token_s: f64) -> Self {
         let used = |layer: &crate::trace::Layer| u64::from(layer.top_k) * layer.bytes(0, layer.levels);
@@ -29,8 +34,21 @@ impl Costs {
             layer_s: resident.iter().map(|bytes| *bytes as f64 * byte_s).collect(),
             token_s: outside as f64 * byte_s,
             unit_byte_s: byte_s,
+            read_byte_s: 0.0,
+            wake_s: 0.0,
         }
     }
+}
+
+/// What computing takes, as measured.
+#[derive(Clone, Copy, PartialEq, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct MeasuredCosts {
+    /// Seconds of a token with everything resident.
+    pub token_s: f64,
+    /// Seconds of computing that a byte read costs.
+    pub read_byte_s: f64,
+    /// Seconds from the end of a read to the moment a waiting thread goes on.
+    pub wake_s: f64,
 }
 
 /// What is foreseen.
@@ -46,13 +64,24 @@ pub struct Prediction {
     pub hit_rate: f64,
     /// Share of the time that is spent waiting for the device.
     pub stall_share: f64,
-    /// Seconds of a token all of whose experts have to be read.
+    /// Seconds of the slowest of the trace's tokens if everything that it uses had to be read.
     pub worst_token_s: f64,
+    /// Bytes that such a token reads.
+    pub worst_token_bytes: u64,
+}
+
+impl Prediction {
+    /// Bytes of the mean read; 0 if there are none.
+    #[must_use]
+    pub fn read_bytes(&self) -> f64 {
+        if self.reads_per_token > 0.0 { self.bytes_per_token / self.reads_per_token } else { 0.0 }
+    }
 }
 
 /// The device and the engine's clock.
 struct Machine<'p> {
     device: &'p DeviceProfile,
+    costs: &'p Costs,
     depth: usize,
     now: f64,
     next_command: f64,
@@ -72,35 +101,49 @@ impl Machine<'_> {
 
     fn wait(&mut self, until: f64) {
         if until > self.now {
+            let until = until + self.costs.wake_s;
             self.stalled += until - self.now;
             self.now = until;
         }
     }
 
-    fn layer(&mut self, work: &Work, layer_s: f64, unit_byte_s: f64) {
+    fn layer(&mut self, work: &Work, layer_s: f64) {
+        let Costs { unit_byte_s, read_byte_s, .. } = *self.costs;
         if work.ahead_bytes > 0 {
             // Begun while the layer before computed.
             let due = self.read(self.now, work.ahead_bytes as f64);
             self.now += layer_s;
             self.wait(due);
+            self.now += work.ahead_bytes as f64 * read_byte_s;
         } else {
             self.now += layer_s;
         }
         let unit_s = work.used_bytes as f64 / f64::from(work.units.max(1)) * unit_byte_s;
         let Counts { misses, reads, bytes, .. } = work.counts;
+        let read_bytes = bytes as f64 / reads.max(1) as f64;
         let mut due: Vec<f64> = Vec::with_capacity(reads as usize);
         for i in 0..reads as usize {
             let at = i.checked_sub(self.depth).map_or(self.now, |before| due[before].max(self.now));
-            due.push(self.read(at, bytes as f64 / reads as f64));
+            due.push(self.read(at, read_bytes));
         }
         self.now += (u64::from(work.units).saturating_sub(misses)) as f64 * unit_s;
+        let mut taken = 0;
         for miss in 1..=misses {
-            if let Some(last) = (miss * reads).div_ceil(misses).checked_sub(1) {
+            let last = (miss * reads).div_ceil(misses);
+            if let Some(last) = last.checked_sub(1) {
                 self.wait(due[last as usize]);
             }
-            self.now += unit_s;
+            self.now += unit_s + (last - taken) as f64 * read_bytes * read_byte_s;
+            taken = last;
         }
     }
+}
+
+/// The same work if nothing of it had been in the pool.
+fn all_missed(work: &Work) -> Work {
+    let units = u64::from(work.units);
+    let counts = Counts { hits: 0, misses: units, reads: units, bytes: work.used_bytes };
+    Work { counts, ahead_bytes: 0, ..*work }
 }
 
 /// What the single tokens of `replay` from pass `from` on take. At most `depth` reads are in flight at once.
@@ -115,6 +158,7 @@ pub fn predict(
 ) -> Prediction {
     let machine = || Machine {
         device,
+        costs,
         depth: depth.min(device.queue_depth.into()).max(1),
         now: 0.0,
         next_command: 0.0,
@@ -123,7 +167,7 @@ pub fn predict(
     };
     let pass = |machine: &mut Machine<'_>, works: &[Work]| {
         for (work, layer_s) in works.iter().zip(&costs.layer_s) {
-            machine.layer(work, *layer_s, costs.unit_byte_s);
+            machine.layer(work, *layer_s);
         }
         machine.now += costs.token_s;
     };
@@ -131,9 +175,15 @@ pub fn predict(
     let mut tokens = 0u32;
     let mut sum = Counts::default();
     let mut experts = Counts::default();
+    let (mut worst_token_s, mut worst_token_bytes) = (0.0f64, 0);
     for (works, _) in replay.passes.iter().zip(&replay.tokens).skip(from).filter(|(_, tokens)| **tokens == 1) {
         pass(&mut run, works);
         tokens += 1;
+        let missed: Vec<Work> = works.iter().map(all_missed).collect();
+        let mut slowest = machine();
+        pass(&mut slowest, &missed);
+        worst_token_s = worst_token_s.max(slowest.now);
+        worst_token_bytes = worst_token_bytes.max(missed.iter().map(|work| work.counts.bytes).sum());
         for (work, layer) in works.iter().zip(&head.layers) {
             sum.add(&work.counts);
             sum.bytes += work.ahead_bytes;
@@ -142,18 +192,6 @@ pub fn predict(
             }
         }
     }
-    let worst: Vec<Work> = head
-        .layers
-        .iter()
-        .map(|layer| {
-            let (units, bytes) = (u64::from(layer.top_k), layer.bytes(0, layer.levels));
-            let misses = if layer.experts { units } else { 0 };
-            let counts = Counts { hits: units - misses, misses, reads: misses, bytes: misses * bytes };
-            Work { units: units as u32, used_bytes: units * bytes, counts, ahead_bytes: 0 }
-        })
-        .collect();
-    let mut slowest = machine();
-    pass(&mut slowest, &worst);
     let per_token = |n: u64| n as f64 / f64::from(tokens.max(1));
     Prediction {
         tok_s: if run.now > 0.0 { f64::from(tokens) / run.now } else { 0.0 },
@@ -161,6 +199,7 @@ pub fn predict(
         reads_per_token: per_token(sum.reads),
         hit_rate: experts.hit_rate(),
         stall_share: if run.now > 0.0 { run.stalled / run.now } else { 0.0 },
-        worst_token_s: slowest.now,
+        worst_token_s,
+        worst_token_bytes,
     }
 }
