@@ -590,7 +590,8 @@ fn own_image(name: &str) -> String {
 
 /// A plan of `image` on a slow device.
 fn planned(image: &str, options: &[&str]) -> Value {
-    let fixed = ["plan", image, "--device", "bw=200MB/s,lat=100us,qd=8", "-c", "96", "--tokens", "96", "--json"];
+    let fixed =
+        ["plan", image, "--device", "bw=200MB/s,lat=100us,qd=8", "-c", "96", "--tokens", "96", "--json"];
     let args: Vec<&str> = fixed.iter().chain(options).copied().collect();
     serde_json::from_str(&stdout(&args)).unwrap()
 }
@@ -606,9 +607,10 @@ fn run_of(image: &str, options: &[&str]) -> Value {
 fn a_plan_is_kept_in_the_image_and_used() {
     let image = own_image("plan");
     let before = std::fs::read(&image).unwrap();
-    let json = planned(&image, &["--ram", "3300K", "--dry-run"]);
+    let json = planned(&image, &["--ram", "3300K", "--no-trials", "--dry-run"]);
     assert!(std::fs::read(&image).unwrap() == before && json["written"] == false);
     let json = planned(&image, &["--ram", "3300K"]);
+    assert_eq!(json["trials"].as_array().unwrap().len(), 3);
     // Nothing but the other superblock and the plan behind everything else was written.
     let after = std::fs::read(&image).unwrap();
     assert!(after[..4096] == before[..4096] && after[8192..before.len()] == before[8192..]);
@@ -641,7 +643,7 @@ fn a_plan_is_kept_in_the_image_and_used() {
     // A longer context than it was made for is refused with what would do.
     failure(1, &["run", &image, "-p", "A", "-c", "2048"], &["the memory of the image's plan", "at least --ram"]);
     // Planning again replaces it.
-    let again = planned(&image, &["--ram", "3600K"]);
+    let again = planned(&image, &["--ram", "3600K", "--no-trials"]);
     assert_eq!(again["plan"]["ram"], 3600 * 1024);
     assert_eq!(run_of(&image, &[])["arena_bytes"], 3600 * 1024);
     assert!(std::fs::metadata(&image).unwrap().len() <= after.len() as u64 + 4096);
@@ -653,7 +655,7 @@ fn traces_are_replayed_if_they_are_of_the_image() {
     let folder = scratch("plan-traces");
     let trace = folder.join("trace").to_str().unwrap().to_owned();
     run_of(&image, &["-n", "88", "--ignore-eos", "--trace", &trace]);
-    let json = planned(&image, &["--ram", "3300K", "--trace", &trace]);
+    let json = planned(&image, &["--ram", "3300K", "--no-trials", "--trace", &trace]);
     assert_eq!(json["plan"]["trace_tokens"], 92);
     let other = folder.join("other.fby").to_str().unwrap().to_owned();
     stdout(&["convert", model().to_str().unwrap(), "--unit-weights", "q3", "-o", &other]);
@@ -677,7 +679,7 @@ fn thresholds_are_found_and_become_the_default() {
     let image = own_image("plan-loss");
     let prompt = ["run", &image, "-p", "A", "-n", "4", "-c", "96", "--policy", "scored", "--json"];
     failure(1, &prompt, &["no thresholds are known", "--thresholds", "forebay plan"]);
-    let json = planned(&image, &["--ram", "3300K", "--max-loss", "20%", "--tokens", "256"]);
+    let json = planned(&image, &["--ram", "3300K", "--no-trials", "--max-loss", "20%"]);
     let found = &json["plan"]["profiled"];
     assert!(found["full"].as_f64().unwrap() < 1.0 && found["loss"].as_f64().unwrap() <= 0.2, "{found}");
     assert!(json["profiled"].as_array().unwrap().contains(found));

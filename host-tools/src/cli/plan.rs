@@ -72,6 +72,9 @@ pub struct PlanArgs {
     /// `scored` and `miss` are tried too, with thresholds that keep within it; 0 is full precision only
     #[arg(long, value_name = "SHARE", default_value = "0", value_parser = share)]
     max_loss: f64,
+    /// Do not try prefetch by short runs on the throttled device; none is planned then
+    #[arg(long)]
+    no_trials: bool,
     /// Show the plan, but leave the image as it is
     #[arg(long)]
     dry_run: bool,
@@ -190,7 +193,7 @@ impl Planner<'_> {
     fn trials(&self, winner: &Candidate) -> Result<Vec<Trial>> {
         let (most, seconds) = TRIAL;
         let count = ((winner.prediction.tok_s * seconds) as usize).min(most);
-        if count < most / 8 || winner.prediction.bytes_per_token == 0.0 {
+        if self.args.no_trials || count < most / 8 || winner.prediction.bytes_per_token == 0.0 {
             return Ok(Vec::new());
         }
         let mut trials: Vec<Trial> = Vec::new();

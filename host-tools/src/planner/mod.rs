@@ -19,7 +19,7 @@ use crate::trace::Trace;
 /// Share of a trace's passes during which the pool fills and nothing is counted.
 const WARM_UP: usize = 5;
 /// Most passes that parameters are tuned on.
-const TUNED_PASSES: usize = 1024;
+const TUNED_PASSES: usize = 4096;
 /// A candidate must be better than a simpler one by this share to be preferred.
 const WORTH: f64 = 0.001;
 
