@@ -590,8 +590,7 @@ fn own_image(name: &str) -> String {
 
 /// A plan of `image` on a slow device.
 fn planned(image: &str, options: &[&str]) -> Value {
-    let fixed =
-        ["plan", image, "--device", "bw=200MB/s,lat=100us,qd=8", "-c", "96", "--tokens", "96", "--json"];
+    let fixed = ["plan", image, "--device", "bw=200MB/s,lat=100us,qd=8", "-c", "96", "--tokens", "96", "--json"];
     let args: Vec<&str> = fixed.iter().chain(options).copied().collect();
     serde_json::from_str(&stdout(&args)).unwrap()
 }

@@ -429,3 +429,47 @@ impl<'a> Directory<'a> {
         Some(slot)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uses_fade() {
+        assert_eq!([0, 64, 128, 256, 384].map(faded), [1.0, 0.75, 0.5, 0.25, 0.125]);
+        assert!((0..2000).all(|tokens| faded(tokens + 1) < faded(tokens)));
+        assert!(faded(u32::MAX) > 0.0);
+    }
+
+    /// Four layers of four units; two slots.
+    fn victim(used: &[(u32, u32)], resident: [u32; 2], present: u16) -> u32 {
+        let (mut entries, mut of_piece, mut units) = ([Entry::default(); 2], [0; 16], [UnitUse::default(); 16]);
+        let mut directory = Directory::new(&mut entries, &mut of_piece, &mut units, 1, 4, Eviction::DENSITY);
+        for piece in resident {
+            let claim = Claim { piece, layer: (piece / 4) as u16, present: 0, ahead: false };
+            directory.claim(claim, |_, _| false, |_| None).unwrap();
+            directory.settle(piece, true);
+        }
+        for token in 1..=8 {
+            directory.begin_token();
+            used.iter().filter(|(_, at)| *at == token).for_each(|(unit, _)| directory.touch(*unit, 1, true));
+        }
+        let claim = Claim { piece: 15, layer: present, present, ahead: false };
+        directory.claim(claim, |_, _| false, |_| None).unwrap();
+        resident.into_iter().find(|piece| directory.slot(*piece).is_none()).unwrap()
+    }
+
+    #[test]
+    fn density_is_probability_over_distance() {
+        // Used as often: the one whose layer comes later goes. From layer 0 on, layer 1 is next, layer 3 last.
+        assert_eq!(victim(&[(4, 5), (12, 5)], [4, 12], 0), 12);
+        assert_eq!(victim(&[(4, 5), (12, 5)], [4, 12], 2), 4);
+        // What the present layer does not need waits longest.
+        assert_eq!(victim(&[(0, 5), (12, 5)], [0, 12], 0), 0);
+        // Of one layer, the one that is used less often goes, or the one that the latest token did not use.
+        assert_eq!(victim(&[(4, 2), (4, 3), (5, 5)], [4, 5], 0), 5);
+        assert_eq!(victim(&[(4, 6), (5, 7)], [4, 5], 0), 4);
+        // Often enough outweighs far away.
+        assert_eq!(victim(&[(12, 2), (12, 3), (12, 4), (12, 5), (4, 5)], [4, 12], 0), 4);
+    }
+}
