@@ -595,9 +595,13 @@ fn planned(image: &str, options: &[&str]) -> Value {
     serde_json::from_str(&stdout(&args)).unwrap()
 }
 
-/// The JSON of a run of `image`.
+/// The JSON of a run of `image` that generates 24 tokens.
 fn run_of(image: &str, options: &[&str]) -> Value {
-    let fixed = ["run", image, "--token-ids", "1,310,272,500,261", "-n", "24", "-c", "96", "--temp", "0", "--json"];
+    run_for(image, "24", options)
+}
+
+fn run_for(image: &str, count: &str, options: &[&str]) -> Value {
+    let fixed = ["run", image, "--token-ids", "1,310,272,500,261", "-n", count, "-c", "96", "--temp", "0", "--json"];
     let args: Vec<&str> = fixed.iter().chain(options).copied().collect();
     serde_json::from_str(stdout(&args).lines().last().unwrap()).unwrap()
 }
@@ -653,7 +657,7 @@ fn traces_are_replayed_if_they_are_of_the_image() {
     let image = own_image("plan-trace");
     let folder = scratch("plan-traces");
     let trace = folder.join("trace").to_str().unwrap().to_owned();
-    run_of(&image, &["-n", "88", "--ignore-eos", "--trace", &trace]);
+    run_for(&image, "88", &["--ignore-eos", "--trace", &trace]);
     let json = planned(&image, &["--ram", "3300K", "--no-trials", "--trace", &trace]);
     assert_eq!(json["plan"]["trace_tokens"], 92);
     let other = folder.join("other.fby").to_str().unwrap().to_owned();
@@ -664,7 +668,7 @@ fn traces_are_replayed_if_they_are_of_the_image() {
     let leak = |text: &str| -> &'static str { Box::leak(text.to_owned().into_boxed_str()) };
     failure(1, &args(leak(&other), leak(&trace)), &["is of another image", "run", "--trace"]);
     let short = folder.join("short").to_str().unwrap().to_owned();
-    run_of(&image, &["-n", "4", "--trace", &short]);
+    run_for(&image, "4", &["--ignore-eos", "--trace", &short]);
     failure(1, &args(leak(&image), leak(&short)), &["3 tokens", "at least 64"]);
     failure(1, &args(leak(&image), leak(&image)), &["reading the trace", "expected a trace"]);
     failure(1, &args(leak(&image), "/nowhere"), &["reading the trace", "/nowhere"]);
