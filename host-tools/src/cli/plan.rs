@@ -361,12 +361,11 @@ fn thresholds(planner: &Planner<'_>, trace: &Trace, tokens: &[u32], bos: Option<
     Ok(all)
 }
 
+/// A candidate and the loss of perplexity that its thresholds had; `None` for those that give up no precision.
+type Rated = (Candidate, Option<f64>);
+
 /// Every candidate with the loss that it may have, and the fastest of them.
-fn compare(
-    planner: &Planner<'_>,
-    question: &Question<'_>,
-    profiled: &[Profiled],
-) -> Result<(Vec<(Candidate, Option<f64>)>, Candidate)> {
+fn compare(planner: &Planner<'_>, question: &Question<'_>, profiled: &[Profiled]) -> Result<(Vec<Rated>, Candidate)> {
     let mut loadings = vec![(Loading::Exact, None)];
     for p in profiled {
         let thresholds = Thresholds { full: p.full, low: p.low, low_levels: p.low_levels };
@@ -390,7 +389,7 @@ fn compare(
 }
 
 /// The thresholds to keep: the winner's, else those with which `scored` is fastest.
-fn best_profiled(profiled: &[Profiled], rows: &[(Candidate, Option<f64>)], winner: &Candidate) -> Option<Profiled> {
+fn best_profiled(profiled: &[Profiled], rows: &[Rated], winner: &Candidate) -> Option<Profiled> {
     let of = |loading: Loading| match loading {
         Loading::Scored(t) | Loading::Miss(t) => {
             profiled.iter().find(|p| (p.full, p.low, p.low_levels) == (t.full, t.low, t.low_levels)).copied()
