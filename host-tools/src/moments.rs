@@ -4,7 +4,7 @@
 //! `H = mean of x' x`. A run of the engine over a calibration text records H ([`Recorder`]), a file keeps it, and a
 //! conversion quantises with it ([`Moments::input`], [`Moments::neurons`]). All experts of a layer have the layer's
 //! input in common; what the down projections are applied to is recorded for each unit. Moments of columns that lie in
-//! different blocks of [`BLOCK`] are taken to be zero, which keeps the matrices positive and the file small.
+//! different blocks of `BLOCK` are taken to be zero, which keeps the matrices positive and the file small.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
