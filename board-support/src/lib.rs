@@ -17,7 +17,7 @@
 //! | [`status`] | how a run ended |
 //! | [`cores`] | further cores as workers of the kernels |
 //! | [`bcm2835`] | the Raspberry Pi's mailbox and pins |
-//! | [`mps2`] | UART and counter of Arm's MPS2 boards |
+//! | `mps2` | UART and counter of Arm's MPS2 boards (Cortex-M targets) |
 //! | [`spi_nor`] | a block store over a SPI NOR chip |
 //! | [`stack`] | how much of the stack was used |
 //! | `aarch64` | boot code, page tables, exceptions, clock, critical section (on that target) |
@@ -38,6 +38,7 @@ pub mod console;
 pub mod cores;
 pub mod flash;
 pub mod meter;
+#[cfg(all(target_os = "none", target_arch = "arm"))]
 pub mod mps2;
 pub mod options;
 #[cfg(all(target_os = "none", target_arch = "riscv64"))]

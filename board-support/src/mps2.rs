@@ -7,6 +7,9 @@ use core::convert::Infallible;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, Ordering};
 
+use cortex_m::interrupt::InterruptNumber;
+use cortex_m::peripheral::NVIC;
+use cortex_m::{asm, interrupt};
 use embedded_io::{ErrorType, Read, ReadReady, Write};
 use safe_mmio::fields::{ReadPure, ReadPureWrite, ReadWrite};
 use safe_mmio::{UniqueMmioPointer, field, field_shared};
@@ -26,30 +29,66 @@ struct UartRegisters {
 
 const SENDING: u32 = 1 << 0;
 const RECEIVED: u32 = 1 << 1;
-/// Sends and receives.
-const ON: u32 = 3;
+/// Sends and receives, and asks for attention when a byte has come.
+const ON: u32 = 0b1011;
+/// The receiver's interrupt in the register that shows and clears interrupts.
+const RECEIVER: u32 = 1 << 1;
+
+/// Number of a UART's receive interrupt.
+#[derive(Clone, Copy, Debug)]
+struct Receive(u16);
+
+// SAFETY: the number is what it is; `Uart::new`'s caller promises that it is the UART's.
+unsafe impl InterruptNumber for Receive {
+    fn number(self) -> u16 {
+        self.0
+    }
+}
 
 /// A UART as a console.
 #[derive(Debug)]
-pub struct Uart(UniqueMmioPointer<'static, UartRegisters>);
+pub struct Uart {
+    registers: UniqueMmioPointer<'static, UartRegisters>,
+    receive: Receive,
+}
 
 impl Uart {
-    /// Switches the UART at `base` on. `clock_hertz` is its input clock.
+    /// Switches the UART at `base` on. `clock_hertz` is its input clock, `receive` the number of its receive interrupt.
     ///
     /// # Safety
     /// At `base`, which is not 0, is such a UART, which nobody else uses while this value lives.
-    pub unsafe fn new(base: usize, clock_hertz: u32, baud: u32) -> Self {
+    pub unsafe fn new(base: usize, receive: u16, clock_hertz: u32, baud: u32) -> Self {
         let registers = core::ptr::with_exposed_provenance_mut(base);
         // SAFETY: the caller's promise.
-        let mut uart = Self(unsafe { UniqueMmioPointer::new(NonNull::new_unchecked(registers)) });
+        let registers = unsafe { UniqueMmioPointer::new(NonNull::new_unchecked(registers)) };
+        let mut uart = Self { registers, receive: Receive(receive) };
         // The least divisor is 16.
-        field!(uart.0, divisor).write((clock_hertz / baud.max(1)).max(16));
-        field!(uart.0, control).write(ON);
+        field!(uart.registers, divisor).write((clock_hertz / baud.max(1)).max(16));
+        field!(uart.registers, control).write(ON);
+        // Whatever it still holds was not meant for this program. QEMU looks for input anew when the register is read,
+        // and not when the receiver is switched on.
+        field!(uart.registers, data).read();
         uart
     }
 
     fn state(&self) -> u32 {
-        field_shared!(self.0, state).read()
+        field_shared!(self.registers, state).read()
+    }
+
+    /// Sleeps until a byte has come. The interrupt wakes the core and is never taken: it is on only here, where PRIMASK
+    /// holds it back.
+    fn sleep(&mut self) {
+        interrupt::disable();
+        field!(self.registers, interrupt).write(RECEIVER);
+        NVIC::unpend(self.receive);
+        // SAFETY: PRIMASK is set until the interrupt is off again, so that no handler runs.
+        unsafe { NVIC::unmask(self.receive) };
+        if self.state() & RECEIVED == 0 {
+            asm::wfi();
+        }
+        NVIC::mask(self.receive);
+        // SAFETY: no interrupt is on outside of this function.
+        unsafe { interrupt::enable() };
     }
 }
 
@@ -63,7 +102,7 @@ impl Write for Uart {
         while self.state() & SENDING != 0 {
             core::hint::spin_loop();
         }
-        field!(self.0, data).write(byte.into());
+        field!(self.registers, data).write(byte.into());
         Ok(1)
     }
 
@@ -76,9 +115,9 @@ impl Read for Uart {
     fn read(&mut self, buf: &mut [u8]) -> Result<usize, Infallible> {
         let Some(place) = buf.first_mut() else { return Ok(0) };
         while self.state() & RECEIVED == 0 {
-            core::hint::spin_loop();
+            self.sleep();
         }
-        *place = field!(self.0, data).read() as u8;
+        *place = field!(self.registers, data).read() as u8;
         Ok(1)
     }
 }

@@ -20,6 +20,7 @@ const ARENA: usize = 384 << 10;
 /// Of the processor and of everything on the FPGA.
 const CLOCK_HERTZ: u32 = 25_000_000;
 const UART: usize = 0x4000_4000;
+const UART_RECEIVE: u16 = 0;
 const BAUD: u32 = 115_200;
 /// The PSRAM, which stands for memory-mapped flash.
 const FLASH: usize = 0x2100_0000;
@@ -29,7 +30,7 @@ static ARENA_MEMORY: ConstStaticCell<ArenaMemory<ARENA>> = ConstStaticCell::new(
 
 fn console() -> Uart {
     // SAFETY: UART 0 of this board; one console at a time writes to it: main's, or that of the panic that ended main.
-    unsafe { Uart::new(UART, CLOCK_HERTZ, BAUD) }
+    unsafe { Uart::new(UART, UART_RECEIVE, CLOCK_HERTZ, BAUD) }
 }
 
 /// Ends an emulation with a status; a real board says it and sleeps.
