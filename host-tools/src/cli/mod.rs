@@ -127,8 +127,8 @@ struct ModelArgs {
 
 impl ModelArgs {
     fn find(&self) -> Result<Found> {
-        let WeightArgs { weights, unit_weights, unit_fields, group } = self.weights;
-        let given = weights.or(unit_weights).is_some() || unit_fields.is_some() || group.is_some();
+        let WeightArgs { weights, unit_weights, head_weights, unit_fields, group } = self.weights;
+        let given = weights.or(unit_weights).or(head_weights).is_some() || unit_fields.is_some() || group.is_some();
         models::check_options(self.model.as_deref(), given)?;
         models::find(self.model.as_deref(), &self.weights.options())
     }
@@ -143,6 +143,9 @@ struct WeightArgs {
     /// Encoding of what is streamed, the experts or neuron clusters [default: as --weights]
     #[arg(long, value_name = "ENCODING")]
     unit_weights: Option<WeightChoice>,
+    /// Encoding of the embedding and the output head [default: q8 with --weights of fewer bits; a GGUF file's own]
+    #[arg(long, value_name = "ENCODING")]
+    head_weights: Option<WeightChoice>,
     /// How the bits of streamed weights are cut into levels, most significant first: widths of 1, 2 or 4 such as
     /// 1,1,1,1 [default: 2,2 for 4 bits, 2,1 for 3]
     #[arg(long, value_name = "LIST", value_parser = fields)]
@@ -154,8 +157,8 @@ struct WeightArgs {
 
 impl WeightArgs {
     fn options(&self) -> ConvertOptions {
-        let Self { weights, unit_weights, unit_fields, group } = *self;
-        ConvertOptions { weights, unit_weights, unit_fields, group, ..ConvertOptions::default() }
+        let Self { weights, unit_weights, head_weights, unit_fields, group } = *self;
+        ConvertOptions { weights, unit_weights, head_weights, unit_fields, group, ..ConvertOptions::default() }
     }
 }
 

@@ -104,6 +104,9 @@ pub struct ConvertOptions {
     pub weights: Option<WeightChoice>,
     /// Encoding of the streamed units (experts, clusters of neurons); `None` is that of the other matrices.
     pub unit_weights: Option<WeightChoice>,
+    /// Encoding of the embedding and the output head; `None` is that of the other matrices, but at least 8 bits where
+    /// `weights` is given.
+    pub head_weights: Option<WeightChoice>,
     /// Weights a scale; `None` is 32.
     pub group: Option<Group>,
     /// Whether groups of 1 to 4 bits have a minimum; `None` measures whether it is worth its bytes.
@@ -132,6 +135,7 @@ impl Default for ConvertOptions {
         Self {
             weights: None,
             unit_weights: None,
+            head_weights: None,
             group: None,
             affine: None,
             page: 4096,
@@ -373,6 +377,7 @@ fn metadata(source: &Source, name: &str, label: &str, options: &ConvertOptions) 
         "options": {
             "weights": options.weights.map(WeightChoice::name),
             "unit_weights": options.unit_weights.map(WeightChoice::name),
+            "head_weights": options.head_weights.map(WeightChoice::name),
             "group": options.group.map(Group::len),
             "affine": options.affine,
             "page": options.page,

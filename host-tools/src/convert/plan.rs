@@ -84,6 +84,8 @@ struct Chooser {
     choice: Option<WeightChoice>,
     /// That of units; `None`: as all.
     unit_choice: Option<WeightChoice>,
+    /// That of the embedding and the output head; `None`: as all, but never less than 8 bits.
+    head_choice: Option<WeightChoice>,
     group: Group,
     grids: BTreeMap<u8, Grid>,
     unit_fields: Option<CodeFields>,
@@ -117,7 +119,12 @@ impl Chooser {
             DType::Bf16 => Encoding::Bf16,
             _ => Encoding::F32,
         };
-        let choice = if usage == Use::Unit { self.unit_choice.or(self.choice) } else { self.choice };
+        let own = match usage {
+            Use::Embedding => self.head_choice,
+            Use::Resident => None,
+            Use::Unit => self.unit_choice,
+        };
+        let choice = own.or(self.choice);
         let (grid, group) = match choice {
             None => match Self::kept(dtype).0 {
                 None => return as_stored,
@@ -130,8 +137,9 @@ impl Chooser {
             Some(WeightChoice::F16) if dtype == DType::Bf16 => return Encoding::Bf16,
             Some(WeightChoice::F16) => return Encoding::F16,
             Some(WeightChoice::Q8) => (Grid::Q8, self.group),
-            // Rows of the embedding are read one by one, and the head decides between tokens: both need precision.
-            Some(_) if usage == Use::Embedding => (Grid::Q8, self.group),
+            // Rows of the embedding are read one by one, and the head decides between tokens: both need precision,
+            // unless they are given less by name.
+            Some(_) if usage == Use::Embedding && own.is_none() => (Grid::Q8, self.group),
             Some(WeightChoice::Ternary) => (Grid::TERNARY, self.group),
             Some(low) => (self.grids[&low.bits()], self.group),
         };
@@ -149,7 +157,7 @@ impl Chooser {
     /// The chosen bits that take a grid that has to be measured.
     fn needs_grids(&self) -> impl Iterator<Item = u8> + use<> {
         let measured = |choice: &WeightChoice| *choice != WeightChoice::Ternary && choice.bits() <= 4;
-        [self.choice, self.unit_choice].into_iter().flatten().filter(measured).map(WeightChoice::bits)
+        [self.choice, self.unit_choice, self.head_choice].into_iter().flatten().filter(measured).map(WeightChoice::bits)
     }
 }
 
@@ -250,8 +258,8 @@ pub(super) fn plan<'a>(
         check_moments(moments, model)?;
     }
     let choice = options.weights.or_else(|| (!source.is_gguf()).then_some(WeightChoice::Q4));
-    let unit_choice = options.unit_weights;
-    if choice.or(unit_choice).is_none() && options.group.is_some() {
+    let (unit_choice, head_choice) = (options.unit_weights, options.head_weights);
+    if choice.or(unit_choice).or(head_choice).is_none() && options.group.is_some() {
         bail!("a group length needs a choice of weights: without one, a GGUF file's own encodings are kept");
     }
     let group = options.group.unwrap_or(Group::G32);
@@ -260,7 +268,8 @@ pub(super) fn plan<'a>(
         .zip(&model.layers)
         .map(|(l, layer)| Parts::bind(&mut binder, model, l, layer))
         .collect::<Result<_>>()?;
-    let mut chooser = Chooser { choice, unit_choice, group, grids: BTreeMap::new(), unit_fields: options.unit_fields };
+    let grids = BTreeMap::new();
+    let mut chooser = Chooser { choice, unit_choice, head_choice, group, grids, unit_fields: options.unit_fields };
     for bits in chooser.needs_grids() {
         let measured = choose_grid(source, &parts, bits, group, options.affine)?;
         chooser.grids.insert(bits, measured);
@@ -296,6 +305,10 @@ pub(super) fn plan<'a>(
     };
     let label = match unit_choice {
         Some(units) => format!("{label} units {}", units.name()),
+        None => label,
+    };
+    let label = match head_choice {
+        Some(head) => format!("{label} head {}", head.name()),
         None => label,
     };
     Ok(Plan { residents, units, label, notices })

@@ -299,6 +299,27 @@ fn units_may_have_an_encoding_of_their_own() {
 }
 
 #[test]
+fn the_head_may_have_an_encoding_of_its_own() {
+    let folder = Folder::new();
+    let tensors = llama_tensors(Tensor::f32);
+    let path = llama_folder(&folder);
+    for (head, bits, within) in [(None, 8, 0.005), (Some(WeightChoice::Q4), 4, 0.1), (Some(WeightChoice::Q2), 2, 0.5)] {
+        let options = ConvertOptions { head_weights: head, ..floats(WeightChoice::Q4) };
+        quietly(&path, &folder.join("out.fby"), &options).unwrap();
+        let image = Image::open(&folder.join("out.fby"));
+        for (role, name) in [(Role::Embedding, "model.embed_tokens.weight"), (Role::OutputHead, "lm_head.weight")] {
+            let (shape, stored) = image.tensor(NO_LAYER, role).unwrap();
+            assert!(matches!(shape.encoding, Encoding::Quant(q) if q.fields.bits() == bits), "{name}: {shape:?}");
+            let values = tensors[name].values();
+            let error: f32 = stored.iter().zip(&values).map(|(a, b)| (a - b).powi(2)).sum();
+            let all: f32 = values.iter().map(|x| x * x).sum();
+            assert!((error / all).sqrt() < within, "{name} at {bits} bits: {}", (error / all).sqrt());
+        }
+        assert!(matches!(image.tensor(0, Role::Query).unwrap().0.encoding, Encoding::Quant(q) if q.fields.bits() == 4));
+    }
+}
+
+#[test]
 fn an_image_of_another_record_version_is_refused() {
     let folder = Folder::new();
     quietly(&llama_folder(&folder), &folder.join("out.fby"), &floats(WeightChoice::Q4)).unwrap();
