@@ -157,6 +157,7 @@ impl TokenActs<'_> {
         self.sums.as_chunks().0
     }
     /// The sums of all groups' negative codes, as bytes; none without tables.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub fn lows(&self) -> &[[u8; 4]] {
         self.lows.as_chunks().0
