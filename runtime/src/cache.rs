@@ -7,6 +7,10 @@
 //!
 //! What gives way: never a piece that must stay, nor one that others of its unit stand on. Of the rest, experts
 //! first, by the policy; then units of dense layers, whose order of use is known, the one that is needed last.
+//!
+//! A share of the pool can be a fixed region ([`pinned_units`]): its units never give way once they are there.
+
+use crate::plan::MIN_UNITS;
 
 /// No slot, in the piece table; no piece, in the slot table.
 const NONE: u32 = u32::MAX;
@@ -153,6 +157,21 @@ pub struct Claim {
     pub present: u16,
     /// Whether it is read before anything needs it.
     pub ahead: bool,
+    /// Whether it is of a unit that never gives way; see [`pinned_units`].
+    pub pinned: bool,
+}
+
+/// How many of a dense layer's `units` units are pinned, its first ones, where `share` of a pool of `slots` slots is a
+/// fixed region: the hot region of PowerInfer-2's segmented cache (2406.06282). The model's dense layers, `dense` units
+/// together, get equal shares of it. A unit takes `pieces` slots; room for [`MIN_UNITS`] units is always left.
+///
+/// A calibrated image has the clusters of a layer in the order of how often they matter, so the first ones are the hot
+/// ones; without calibration every token uses all of them, and one is as good as another.
+#[must_use]
+pub fn pinned_units(units: usize, dense: usize, slots: usize, pieces: usize, share: f32) -> usize {
+    let room = (slots / pieces.max(1)).saturating_sub(MIN_UNITS);
+    let room = ((slots as f64 * f64::from(share.clamp(0.0, 1.0))) as usize / pieces.max(1)).min(room);
+    (units * room / dense.max(1)).min(units)
 }
 
 /// Which piece holds which slot.
@@ -270,15 +289,6 @@ impl<'a> Directory<'a> {
         }
     }
 
-    /// A resident piece never gives way from now on. `false` if it is not resident.
-    pub fn pin(&mut self, piece: u32) -> bool {
-        let slot = self.slot(piece).filter(|slot| self.entries[*slot].ready);
-        if let Some(slot) = slot {
-            self.entries[slot].pinned = true;
-        }
-        slot.is_some()
-    }
-
     /// A slot to read `claim.piece` into: a free one, or that of a piece which gives way; `None` if there is neither.
     ///
     /// Pieces of units for which `keep(layer, unit)` is true stay. `next_use(layer)` says in how many layers the units of
@@ -306,6 +316,7 @@ impl<'a> Directory<'a> {
             layer: claim.layer,
             main: remembered,
             unused: claim.ahead,
+            pinned: claim.pinned,
             stamp: self.clock,
             ..Entry::default()
         };
@@ -446,7 +457,7 @@ mod tests {
         let (mut entries, mut of_piece, mut units) = ([Entry::default(); 2], [0; 16], [UnitUse::default(); 16]);
         let mut directory = Directory::new(&mut entries, &mut of_piece, &mut units, 1, 4, Eviction::DENSITY);
         for piece in resident {
-            let claim = Claim { piece, layer: (piece / 4) as u16, present: 0, ahead: false };
+            let claim = Claim { piece, layer: (piece / 4) as u16, present: 0, ahead: false, pinned: false };
             directory.claim(claim, |_, _| false, |_| None).unwrap();
             directory.settle(piece, true);
         }
@@ -454,9 +465,41 @@ mod tests {
             directory.begin_token();
             used.iter().filter(|(_, at)| *at == token).for_each(|(unit, _)| directory.touch(*unit, 1, true));
         }
-        let claim = Claim { piece: 15, layer: present, present, ahead: false };
+        let claim = Claim { piece: 15, layer: present, present, ahead: false, pinned: false };
         directory.claim(claim, |_, _| false, |_| None).unwrap();
         resident.into_iter().find(|piece| directory.slot(*piece).is_none()).unwrap()
+    }
+
+    #[test]
+    fn what_is_pinned_stays_under_every_policy() {
+        for policy in Eviction::ALL {
+            let (mut entries, mut of_piece, mut units) = ([Entry::default(); 3], [0; 16], [UnitUse::default(); 16]);
+            let mut directory = Directory::new(&mut entries, &mut of_piece, &mut units, 1, 4, policy);
+            for piece in 0..16 {
+                directory.begin_token();
+                let claim = Claim { piece, layer: (piece / 4) as u16, present: 0, ahead: false, pinned: piece == 0 };
+                assert!(directory.claim(claim, |_, _| false, |_| None).is_some(), "{}", policy.name());
+                directory.settle(piece, true);
+                // Everything else is used more often and later.
+                (0..piece).for_each(|_| directory.touch(piece, 1, true));
+                assert_eq!(directory.residency(0), Residency::Resident, "{}", policy.name());
+            }
+        }
+    }
+
+    #[test]
+    fn a_fixed_region_leaves_room() {
+        assert_eq!(pinned_units(48, 480, 100, 1, 0.5), 5);
+        assert_eq!(pinned_units(48, 480, 100, 1, 0.0), 0);
+        assert_eq!(pinned_units(48, 480, 100, 2, 0.5), 2);
+        assert_eq!(pinned_units(48, 480, 10_000, 1, 1.0), 48);
+        assert_eq!(pinned_units(0, 0, 100, 1, 1.0), 0);
+        for slots in 2..40 {
+            for pieces in 1..4 {
+                let pinned: usize = [7, 3, 5].map(|units| pinned_units(units, 15, slots, pieces, 1.0)).iter().sum();
+                assert!(pinned == 0 || pinned * pieces + MIN_UNITS * pieces <= slots, "{slots} slots, {pieces} pieces");
+            }
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use forebay_kernels::attention::{KvFormat, KvShape, attention_scratch};
 use forebay_kernels::weights::MatrixShape;
 
 use crate::arena::{LINE, PAGE, table_bytes};
-use crate::cache::{Entry, UnitUse};
+use crate::cache::{Entry, UnitUse, pinned_units};
 use crate::engine::{LayerState, Predicted, UnitNeed};
 use crate::model::record::{NO_LAYER, Operator, Role, Router};
 use crate::model::{LayerShape, Model};
@@ -231,6 +231,10 @@ pub struct Plan {
     pub pool: u64,
     /// Pieces that the pool holds.
     pub slots: usize,
+    /// Slots that are for pinned units ([`Self::pinned`]).
+    pub pinned_slots: usize,
+    /// Units of all dense layers.
+    pub dense_units: usize,
     /// Pieces that there are.
     pub all_pieces: usize,
     /// Bytes of a slot: the largest piece.
@@ -315,7 +319,7 @@ impl Plan {
         usize::try_from(arena).map_err(|_| PlanError::Overflow)?;
         #[cfg(feature = "log")]
         log::debug!("arena {arena}: batch {batch}, {slots} of {all} pieces fit the pool, {least} bytes would do");
-        Ok(Self {
+        let mut plan = Self {
             limits,
             tables: image.tables_len(),
             resident,
@@ -324,13 +328,27 @@ impl Plan {
             bookkeeping: fixed_tables + table_bytes::<Slot<'_>>(slots) + table_bytes::<Entry>(slots),
             pool: slots as u64 * slot_len,
             slots,
+            pinned_slots: 0,
+            dense_units: layers().filter(|layer| layer.router == Router::All).map(|layer| layer.units).sum(),
             all_pieces: all,
             slot_len,
             pieces,
             batch,
             least,
             work,
-        })
+        };
+        plan.pinned_slots = layers().map(|layer| plan.pinned(&layer)).sum::<usize>() * pieces;
+        Ok(plan)
+    }
+
+    /// Units of a layer, the first ones, that never give way once they are in the pool.
+    pub fn pinned(&self, layer: &LayerShape) -> usize {
+        match layer.router {
+            Router::All => {
+                pinned_units(layer.units, self.dense_units, self.slots, self.pieces, self.limits.policy.pinned)
+            }
+            _ => 0,
+        }
     }
 
     /// Whether every unit fits the pool, so that each is read once.

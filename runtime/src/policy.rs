@@ -71,6 +71,8 @@ pub struct Policy {
     /// Share of the neuron clusters that dense layers with predictors use, those that matter most to a token; 1 or more is
     /// all of them, whatever is predicted.
     pub neurons_kept: f32,
+    /// Share of the pool that is a fixed region for the first units of dense layers ([`crate::cache::pinned_units`]).
+    pub pinned: f32,
 }
 
 impl Default for Policy {
@@ -83,6 +85,7 @@ impl Default for Policy {
             cache_keep: 1,
             max_levels: u8::MAX,
             neurons_kept: 1.0,
+            pinned: 0.0,
         }
     }
 }

@@ -10,11 +10,12 @@ use forebay_conformance::hostile::{parts, reseal};
 use forebay_conformance::reference::argmax;
 use forebay_conformance::{Run, Setup, arena_memory, arena_of, fixtures, image_of, plan, run};
 use forebay_kernels::exec::{Backend, Exec, Serial};
+use forebay_runtime::cache::Eviction;
 use forebay_runtime::drive::prefill;
 use forebay_runtime::engine::{Engine, Output};
 use forebay_runtime::model::record::Router;
 use forebay_runtime::open::Image;
-use forebay_runtime::plan::Plan;
+use forebay_runtime::plan::{MIN_UNITS, Plan};
 use forebay_runtime::policy::Policy;
 use forebay_storage::MemoryStore;
 use proptest::prelude::*;
@@ -146,6 +147,51 @@ fn a_share_has_the_same_bits_everywhere() {
             }
         }
     }
+}
+
+/// A fixed region changes what is read, and no bit of the result: with all clusters, whatever the share, the pool, the
+/// policy of the rest and the batch; with some of them left out as well.
+#[test]
+fn pinned_clusters_are_exact() {
+    for case in ["llama-gqa-untied", "lfm2moe"] {
+        let image = clustered(case, WeightChoice::Q4);
+        for kept in [1.0, 0.5] {
+            let want = run(&image, &keeping(kept), &TOKENS).unwrap();
+            for pinned in [0.1, 0.5, 0.9, 1.0] {
+                for (eviction, batch) in [(Eviction::Lru, 1), (Eviction::Lfu, 1), (Eviction::S3Fifo, 5)] {
+                    let policy = Policy { neurons_kept: kept, pinned, eviction, ..Policy::default() };
+                    let setup = Setup { policy, batch, ..Setup::default() };
+                    let whole = plan(&image, &setup).unwrap();
+                    for arena in [whole.least, (whole.least + whole.total()) / 2 / 4096 * 4096] {
+                        let got = run(&image, &Setup { arena: Some(arena), ..setup.clone() }, &TOKENS).unwrap();
+                        let what = format!("{case}, {kept} kept, {pinned} pinned, {eviction:?}, arena {arena}");
+                        assert_eq!(bits(&got), bits(&want), "{what}");
+                        let rest = got.plan.slots - got.plan.pinned_slots;
+                        assert!(rest >= got.plan.slots.min(MIN_UNITS), "{what}: {rest} slots are left");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Where the least recently used unit is always the one that is needed next, a fixed region is read once and then hit.
+#[test]
+fn what_is_pinned_is_read_once() {
+    let image = clustered("llama-gqa-untied", WeightChoice::Q4);
+    let policy = |pinned| Policy { neurons_kept: 0.99, pinned, ..Policy::default() };
+    let setup = |pinned| Setup { batch: 1, logit_rows: 1, policy: policy(pinned), ..Setup::default() };
+    let whole = plan(&image, &setup(0.0)).unwrap();
+    let arena = Some((whole.least + 6 * (whole.slot_len + 128)).next_multiple_of(4096));
+    let counts = |pinned| run(&image, &Setup { arena, ..setup(pinned) }, &TOKENS).unwrap();
+    let (none, most) = (counts(0.0), counts(1.0));
+    let pinned = most.plan.pinned_slots as u64;
+    assert!(pinned >= 3 && (most.plan.slots as u64) < whole.slots as u64, "{pinned} pinned");
+    assert_eq!(none.plan.pinned_slots, 0);
+    // Nearly every token uses every cluster: each of the pinned ones is a hit from the second use on.
+    assert!(none.stats.hits < TOKENS.len() as u64, "{:?}", none.stats);
+    assert!(most.stats.hits > pinned * (TOKENS.len() as u64 - 1) * 9 / 10, "{:?}", most.stats);
+    assert!(most.stats.unit_bytes < none.stats.unit_bytes);
 }
 
 /// Token by token with a small pool, less is read the less is kept.

@@ -45,8 +45,9 @@ fn the_simulator_counts_what_a_run_counts() {
         for share in [0.6, 0.8] {
             let mut best = 0;
             let mut bound = None;
-            for eviction in Eviction::ALL {
-                let policy = Policy { loading, eviction, ..Policy::default() };
+            let unpinned = Eviction::ALL.map(|eviction| (eviction, 0.0));
+            for (eviction, pinned) in unpinned.into_iter().chain([(Eviction::Lru, 0.3), (Eviction::DENSITY, 1.0)]) {
+                let policy = Policy { loading, eviction, pinned, ..Policy::default() };
                 let setup = Setup { batch: 1, logit_rows: 1, queue_depth: 64, policy, ..Setup::default() };
                 let whole = plan(&image, &setup).unwrap();
                 let pool = (whole.slots as f64 * share) as u64 * (whole.slot_len + 128);
@@ -57,7 +58,7 @@ fn the_simulator_counts_what_a_run_counts() {
                 let trace = trace(&head, &run);
                 let replayed = replay(&trace, &Pool { slots, pieces: run.plan.pieces, policy }).unwrap();
                 let counts = replayed.total(0, |_| true);
-                let what = format!("{}, {}, {slots} slots", loading.name(), eviction.name());
+                let what = format!("{}, {}, {slots} slots, {pinned} pinned", loading.name(), eviction.name());
                 assert_eq!((counts.hits, counts.misses), (run.stats.hits, run.stats.misses), "{what}");
                 best = best.max(counts.hits);
                 if loading == Loading::Exact {

@@ -28,7 +28,7 @@ use forebay_kernels::attention::KvFormat;
 use forebay_kernels::exec::Backend;
 use forebay_kernels::weights::{Fields, Group, MAX_FIELDS};
 use forebay_runtime::model::Model;
-use forebay_runtime::model::record::ModelRecord;
+use forebay_runtime::model::record::{ModelRecord, Router};
 use forebay_runtime::open::Image;
 use forebay_runtime::plan::Plan;
 use forebay_runtime::sample::SamplerParams;
@@ -294,6 +294,15 @@ impl MachineArgs {
             "--neurons-kept {}: {} cannot tell which neurons a token needs; make a neuron plan with `forebay calibrate` \
              and convert the model with --neurons",
             policy.neurons_kept,
+            found.file.path.display()
+        );
+        ensure!(
+            policy.pinned == 0.0
+                || (0..image.model().layer_count())
+                    .filter_map(|l| image.model().layer(l))
+                    .any(|l| l.router == Router::All),
+            "--pinned {}: {} has no dense layers, and experts are not pinned",
+            policy.pinned,
             found.file.path.display()
         );
         let ram = match (&self.ram, &stored) {

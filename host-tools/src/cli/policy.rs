@@ -55,6 +55,10 @@ pub struct PolicyArgs {
     /// to the token (changes the result); for images converted with --neurons
     #[arg(long, value_name = "SHARE", default_value = "1", value_parser = super::fraction)]
     neurons_kept: f32,
+    /// Give this share of the pool to the first units of dense layers for good: in images converted with --neurons those
+    /// are the clusters that matter most often. Only what is left of the pool is for --eviction
+    #[arg(long, value_name = "SHARE", default_value = "0", value_parser = super::fraction)]
+    pinned: f32,
 }
 
 impl PolicyArgs {
@@ -118,6 +122,7 @@ impl PolicyArgs {
             cache_bias: self.cache_bias,
             cache_keep: self.cache_keep,
             neurons_kept: self.neurons_kept,
+            pinned: self.pinned,
             max_levels: self.levels.map_or(u8::MAX, |n| n.min(usize::from(u8::MAX)) as u8),
         };
         Ok((policy, self.deadline, planned))

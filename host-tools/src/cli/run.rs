@@ -296,12 +296,16 @@ pub fn memory_lines(session: &Session<'_, '_>, line: &dyn Fn(&str, String)) {
         ),
     );
     let share = 100.0 * plan.pool as f64 / (session.streamed_len as f64).max(1.0);
+    let what = if plan.pieces > 1 { "levels of units" } else { "units" };
+    let pinned = match plan.pinned_slots {
+        0 => String::new(),
+        pinned => format!(", {pinned} of them pinned"),
+    };
     line(
         "pool",
         format!(
-            "{} {}, {share:.1} % of the {} that are streamed",
+            "{} {what}{pinned}, {share:.1} % of the {} that are streamed",
             plan.slots,
-            if plan.pieces > 1 { "levels of units" } else { "units" },
             bytes_text(session.streamed_len)
         ),
     );

@@ -24,6 +24,8 @@ pub struct PolicyReport {
     max_levels: Option<u8>,
     /// Share of the dense layers' neurons that was asked for, where that is not all.
     neurons_kept: Option<f32>,
+    /// Share of the pool whose units never give way, where there is such a region.
+    pinned: Option<f32>,
     /// What of a run's settings came from the image's plan.
     from_plan: Vec<&'static str>,
 }
@@ -48,6 +50,7 @@ impl PolicyReport {
             cache_keep: policy.cache_keep,
             max_levels: (policy.max_levels != u8::MAX).then_some(policy.max_levels),
             neurons_kept: (policy.neurons_kept < 1.0).then_some(policy.neurons_kept),
+            pinned: (policy.pinned > 0.0).then_some(policy.pinned),
             from_plan: setup.planned.clone(),
         }
     }
@@ -62,6 +65,9 @@ impl PolicyReport {
             text += &format!(" ({ms} ms a token)");
         }
         text += &format!(", eviction {}", self.eviction);
+        if let Some(share) = self.pinned {
+            text += &format!(" in what pinned units leave, a share of {share} of the pool being theirs");
+        }
         if self.prefetch > 0 {
             text += &format!(", prefetch {}", self.prefetch);
         }

@@ -9,7 +9,7 @@ mod timing;
 
 use anyhow::{Result, ensure};
 pub use belady::belady;
-use forebay_runtime::cache::{Claim, Directory, Entry, Residency, UnitUse};
+use forebay_runtime::cache::{Claim, Directory, Entry, Residency, UnitUse, pinned_units};
 use forebay_runtime::policy::{Allowance, Choice, Held, Loading, Policy, plan_token};
 pub use timing::{Costs, MeasuredCosts, Prediction, predict};
 
@@ -118,6 +118,8 @@ struct Replayer<'d, 't> {
     head: &'t Head,
     /// Number of each layer's first unit.
     bases: Vec<u32>,
+    /// The first units of each layer, as many, never give way.
+    pinned: Vec<usize>,
     policy: Policy,
 }
 
@@ -150,7 +152,12 @@ pub fn replay(trace: &Trace, pool: &Pool) -> Result<Replay> {
     let mut uses = vec![UnitUse::default(); units as usize];
     let layers = head.layers.len();
     let directory = Directory::new(&mut entries, &mut of_piece, &mut uses, pool.pieces, layers, policy.eviction);
-    let mut replayer = Replayer { directory, head, bases, policy };
+    let dense = head.layers.iter().filter(|layer| !layer.experts).map(|layer| usize::from(layer.units)).sum();
+    let pinned = head.layers.iter().map(|layer| match layer.experts {
+        false => pinned_units(layer.units.into(), dense, pool.slots, pool.pieces, policy.pinned),
+        true => 0,
+    });
+    let mut replayer = Replayer { directory, head, bases, pinned: pinned.collect(), policy };
     let mut passes = Vec::with_capacity(trace.passes.len());
     for pass in &trace.passes {
         replayer.directory.begin_token();
@@ -247,7 +254,8 @@ impl Replayer<'_, '_> {
         let now = layer.checked_sub(1).unwrap_or(layers - 1);
         for unit in base..base + u32::from(head.layers[layer].units) {
             while let Some(piece) = self.missing_piece(unit, full) {
-                let claim = Claim { piece, layer: layer as u16, present: layer as u16, ahead: true };
+                let pinned = ((unit - base) as usize) < self.pinned[layer];
+                let claim = Claim { piece, layer: layer as u16, present: layer as u16, ahead: true, pinned };
                 let soon = |at: u16| next_use(head, now, at).is_some_and(|n| 2 * n < layers);
                 let keep = |at: u16, _| soon(at) || usize::from(at) == layer;
                 if self.directory.claim(claim, keep, |at| next_use(head, now, at)).is_none() {
@@ -262,7 +270,9 @@ impl Replayer<'_, '_> {
     /// Makes room for `piece` and reads it. Where all slots hold what the layer needs, that is computed first.
     fn read(&mut self, layer: usize, piece: u32, needs: &mut [Need]) -> bool {
         let head = self.head;
-        let claim = Claim { piece, layer: layer as u16, present: layer as u16, ahead: false };
+        let unit = piece / self.directory.pieces();
+        let pinned = ((unit - self.bases[layer]) as usize) < self.pinned[layer];
+        let claim = Claim { piece, layer: layer as u16, present: layer as u16, ahead: false, pinned };
         loop {
             let keep = |at: u16, unit: u32| {
                 usize::from(at) == layer && needs.iter().any(|need| !need.done && need.unit == unit)
@@ -271,7 +281,6 @@ impl Replayer<'_, '_> {
                 self.directory.settle(piece, true);
                 return true;
             }
-            let unit = piece / self.directory.pieces();
             let computable =
                 |need: &Need| !need.done && need.unit != unit && self.held(layer, need.unit) >= need.levels;
             let Some(at) = needs.iter().position(computable) else { return false };

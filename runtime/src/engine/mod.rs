@@ -233,6 +233,8 @@ pub(crate) struct LayerState<'a> {
     unit_base: u32,
     /// Whether a predictor chooses the neuron clusters that a token uses; else a dense layer uses all of them.
     sparse: bool,
+    /// The first units, as many, never give way once they are in the pool.
+    pinned: usize,
     /// Levels of full precision: all, or the policy's most.
     levels: u8,
     /// Mean range of the router's selection scores, and how many tokens it was taken over.
@@ -624,6 +626,7 @@ impl<'a> LayerState<'a> {
             sparse: shape.router == Router::All
                 && model.predicts(index as u16)
                 && plan.limits.policy.neurons_kept < 1.0,
+            pinned: plan.pinned(&shape),
             levels: unit_levels(&shape, &plan.limits.policy) as u8,
             range: (0.0, 0),
             stats: LayerStats::default(),

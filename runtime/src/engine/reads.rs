@@ -264,7 +264,8 @@ impl<'a> Engine<'a> {
             predicted.iter().any(|p| p.layer == at && layer_unit(self.layers, at, id) == Some(p.unit))
         };
         let next_use = |at| next_use(self.layers, layer, at);
-        let claim = Claim { piece, layer: present, present, ahead: false };
+        let pinned = usize::from(unit) < state.pinned;
+        let claim = Claim { piece, layer: present, present, ahead: false, pinned };
         let mut buf = match predicted.is_empty() {
             true => None,
             false => self.pool.claim(claim, |at, id| needed(at, id) || foreseen(at, id), next_use),
@@ -273,10 +274,11 @@ impl<'a> Engine<'a> {
             buf = self.pool.claim(claim, needed, next_use);
         }
         if buf.is_none() && self.in_flight == 0 && self.computable(layer).is_none() {
-            // Every slot holds something that is needed later in this layer: the last of it gives way.
+            // Every slot holds something that is pinned or needed later in this layer: the last of the latter gives way.
             let held = |n: &&UnitNeed| {
                 let id = base + u32::from(n.unit);
-                !n.done && n.unit != unit && self.pool.directory.held(id).0 > 0
+                let may_go = !n.done && n.unit != unit && usize::from(n.unit) >= state.pinned;
+                may_go && self.pool.directory.held(id).0 > 0
             };
             let last = base + u32::from(needs.iter().rev().find(held)?.unit);
             buf = self.pool.claim(claim, |_, id| id != last, next_use);
@@ -325,7 +327,9 @@ impl<'a> Engine<'a> {
             let soon = next_use(at).is_some_and(|layers| 2 * layers < self.layers.len());
             soon || usize::from(at) == ahead || present.is_some_and(|present| present.needs(needs, id))
         };
-        let claim = Claim { piece, layer: ahead as u16, present: layer as u16, ahead: true };
+        let unit = (piece / self.pool.directory.pieces() - base) as usize;
+        let pinned = unit < state.pinned;
+        let claim = Claim { piece, layer: ahead as u16, present: layer as u16, ahead: true, pinned };
         let buf = self.pool.claim(claim, keep, next_use)?;
         self.stats.prefetched += 1;
         self.piece_read(piece, buf)
@@ -354,7 +358,7 @@ impl<'a> Engine<'a> {
                 || predicted.iter().any(|p| p.layer == at && Some(p.unit) == unit)
                 || next_use(self.layers, present, at).is_some()
         };
-        let claim = Claim { piece, layer, present: present as u16, ahead: true };
+        let claim = Claim { piece, layer, present: present as u16, ahead: true, pinned: false };
         let buf = self.pool.claim(claim, keep, |_| None)?;
         self.stats.prefetched += 1;
         self.piece_read(piece, buf)
