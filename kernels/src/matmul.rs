@@ -7,6 +7,7 @@ use crate::activations::Input;
 use crate::arch::split::{Columns, Split, run_parts};
 use crate::arch::{Float, Kernels};
 use crate::exec::Exec;
+use crate::ops::{Activation, gate_mul};
 use crate::reference::quant::QuantBlock;
 use crate::weights::{Encoding, MatrixRef, MatrixShape, ROW_BLOCK};
 
@@ -115,13 +116,14 @@ pub fn matmul_all(exec: &Exec<'_>, x: Input<'_>, tokens: usize, products: &mut [
     }
 }
 
-/// A gated unit's first half: `gate = silu(gate x + bias) * (up x + bias)`. `out`, `gate` then `up`, are both
+/// A gated unit's first half: `gate = activation(gate x + bias) * (up x + bias)`. `out`, `gate` then `up`, are both
 /// `[tokens][rows]`; both are overwritten.
 ///
 /// # Panics
 /// As [`matmul`], or if the matrices or biases have not the same number of rows.
 pub fn matmul_gated(
     exec: &Exec<'_>,
+    activation: Activation,
     matrices: [MatrixRef<'_>; 2],
     biases: [Option<&[f32]>; 2],
     x: Input<'_>,
@@ -144,7 +146,7 @@ pub fn matmul_gated(
                     kernels.add(out, &bias[range.clone()]);
                 }
             }
-            kernels.silu_mul(gate, up);
+            gate_mul(exec, activation, gate, up);
         }
     });
 }

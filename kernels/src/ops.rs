@@ -71,6 +71,29 @@ pub fn silu_mul(exec: &Exec<'_>, gate: &mut [f32], up: &[f32]) {
     exec.backend.kernels().silu_mul(gate, up);
 }
 
+/// What a gated feed-forward does to its gate.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    #[default]
+    Silu,
+    /// `max(x, 0)`: neurons whose gate is not above zero add nothing, whatever their other weights are.
+    Relu,
+}
+
+/// `gate = activation(gate) * up` in place.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn gate_mul(exec: &Exec<'_>, activation: Activation, gate: &mut [f32], up: &[f32]) {
+    same(gate.len(), up.len());
+    match activation {
+        Activation::Silu => exec.backend.kernels().silu_mul(gate, up),
+        Activation::Relu => math::relu_mul(gate, up),
+    }
+}
+
 /// `acc += x`.
 ///
 /// # Panics

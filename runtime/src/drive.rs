@@ -20,7 +20,7 @@ pub trait Observer {
     fn feed_forward(&mut self, layer: usize, input: &[f32], residual: &[f32]) {
         let _ = (layer, input, residual);
     }
-    /// A unit was computed. `activations` is what its down projection was applied to, `silu(gate) * up`,
+    /// A unit was computed. `activations` is what its down projection was applied to, `activation(gate) * up`,
     /// `[tokens that use the unit][unit width]`.
     fn unit(&mut self, layer: usize, unit: usize, activations: &[f32]) {
         let _ = (layer, unit, activations);

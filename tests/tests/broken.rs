@@ -3,6 +3,7 @@
 use forebay::convert::{ConvertOptions, WeightChoice};
 use forebay_conformance::hostile::{parts, reseal};
 use forebay_conformance::{Run, Setup, arena_memory, arena_of, fixtures, image_of, plan, run, run_mapped, run_on};
+use forebay_runtime::model::record::{GATE_RELU, LayerRecord, ModelRecord, ROUTER_NORMALISE};
 use forebay_storage::MemoryStore;
 use proptest::prelude::*;
 
@@ -103,6 +104,24 @@ fn nan_weights_are_reported() {
         reseal(&mut image);
         let error = run(&image, &Setup::default(), &tokens).expect_err("only NaN").to_string();
         assert!(error.contains("not finite"), "{error}");
+    }
+}
+
+/// A reader that knows nothing of a layer's flag must not compute as if it were not there.
+#[test]
+fn unknown_flags_of_layers_are_refused() {
+    let image = image("llama-gqa-untied", WeightChoice::Q4);
+    let model = parts(&image).into_iter().find(|(name, _)| *name == "MODEL").unwrap().1;
+    // The second layer's, behind the model's record.
+    let at = model.start + size_of::<ModelRecord>() + size_of::<LayerRecord>() + 2;
+    for bit in 0..8 {
+        let mut other = image.clone();
+        other[at] |= 1 << bit;
+        reseal(&mut other);
+        match run(&other, &Setup::default(), &TOKENS) {
+            Ok(_) => assert!([ROUTER_NORMALISE, GATE_RELU].contains(&(1 << bit)), "bit {bit} is not refused"),
+            Err(error) => assert!(error.to_string().contains("layer 1: flags is"), "{error}"),
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use forebay::convert::{ConvertOptions, WeightChoice};
 use forebay::neurons::{Calibration, NeuronPlan, Scoring, Settings};
 use forebay_conformance::hostile::{parts, reseal};
-use forebay_conformance::reference::argmax;
+use forebay_conformance::reference::{argmax, difference};
 use forebay_conformance::{Run, Setup, arena_memory, arena_of, fixtures, image_of, plan, run};
 use forebay_kernels::exec::{Backend, Exec, Serial};
 use forebay_runtime::cache::Eviction;
@@ -21,8 +21,8 @@ use forebay_storage::MemoryStore;
 use proptest::prelude::*;
 
 const TOKENS: [u32; 21] = [1, 201, 233, 49, 178, 216, 241, 223, 138, 7, 179, 61, 43, 46, 29, 47, 112, 265, 87, 89, 112];
-/// Dense layers alone, with biases, beside experts, and beside short convolutions.
-const CASES: [&str; 4] = ["llama-gqa-untied", "llama-bias-llama3rope-tied", "lfm2moe", "lfm2"];
+/// Dense layers alone, with biases, beside experts, beside short convolutions, and with ReLU.
+const CASES: [&str; 5] = ["llama-gqa-untied", "llama-bias-llama3rope-tied", "lfm2moe", "lfm2", "llama-relu"];
 
 fn options(weights: WeightChoice) -> ConvertOptions {
     ConvertOptions { weights: Some(weights), unit_width: Some(32), page: 512, ..ConvertOptions::default() }
@@ -147,6 +147,31 @@ fn a_share_has_the_same_bits_everywhere() {
             }
         }
     }
+}
+
+/// A ReLU model's neurons are zero or not: calibration finds those that are above zero together, and the predictor leaves
+/// out clusters of zeros before others.
+#[test]
+fn relu_models_leave_out_what_is_zero() {
+    // The fixture's neurons are in five groups of 32 that are active together, scattered over the layer.
+    let scattered = image_of(&fixtures().join("llama-relu"), &options(WeightChoice::F32)).unwrap();
+    let scattered = run(&scattered, &Setup::default(), &TOKENS).unwrap();
+    let live = |run: &Run| run.stats.relu_live_units as f64 / run.stats.relu_units as f64;
+    let neurons = scattered.stats.relu_live as f64 / scattered.stats.relu_neurons as f64;
+    assert!(live(&scattered) > 0.95 && neurons < 0.65, "{:?}", scattered.stats);
+    let image = clustered("llama-relu", WeightChoice::F32);
+    let whole = run(&image, &Setup::default(), &TOKENS).unwrap();
+    let share = live(&whole);
+    assert!(share < 0.9, "{share} of the clusters have a neuron above zero: the groups were not found");
+    let near = run(&image, &keeping(0.8), &TOKENS).unwrap();
+    let half = run(&image, &keeping(0.5), &TOKENS).unwrap();
+    assert!(near.stats.cluster_uses < near.stats.cluster_all * 9 / 10);
+    // What is zero is left out before what is not.
+    assert!(live(&near) > share + 0.05 && live(&half) > share + 0.1, "{} and {}", live(&near), live(&half));
+    let error = |run: &Run| difference(&run.logits, &whole.logits).0;
+    assert!(error(&near) * 2.0 < error(&half), "{} against {}", error(&near), error(&half));
+    // Models with SiLU have no such zeros, and are not counted.
+    assert_eq!(run(&clustered("lfm2", WeightChoice::F32), &Setup::default(), &TOKENS).unwrap().stats.relu_units, 0);
 }
 
 /// A fixed region changes what is read, and no bit of the result: with all clusters, whatever the share, the pool, the

@@ -7,6 +7,7 @@ pub mod rope;
 mod table;
 
 use anyhow::{Result, bail, ensure};
+use forebay_kernels::ops::Activation;
 use forebay_runtime::model::record::{Role, Router};
 
 use crate::source::{Fields, Key, Source};
@@ -142,6 +143,8 @@ pub struct Model {
     pub logit_scale: f32,
     /// Whether there is an output head beside the embedding.
     pub head: Presence,
+    /// What every feed-forward does to its gate.
+    pub activation: Activation,
     /// Rotary positions of every attention layer.
     pub rope: Rope,
     /// The layers.
@@ -193,6 +196,8 @@ pub struct Architecture {
     pub experts: bool,
     /// Names of tensors.
     pub names: &'static [&'static [Name]],
+    /// Whether models may gate their feed-forwards with ReLU.
+    pub relu: bool,
     /// Whether GGUF files hold the rows of the query and key projections in the order of interleaved rotation.
     pub gguf_interleaved: bool,
     /// Reads the parameters.
@@ -275,9 +280,13 @@ pub fn describe(source: &Source, architecture: &Architecture) -> Result<Model> {
         head_dim.is_multiple_of(2) && head_dim < 1 << 16 && heads < 1 << 16,
         "{heads} heads of width {head_dim}, expected an even width, and both below 65536"
     );
-    if let Some(act) = f.maybe_text(ACTIVATION)? {
-        ensure!(act == "silu" || act == "swish", "{}", f.wrong(ACTIVATION, "silu, the only activation supported"));
-    }
+    // GGUF has no field for it: llama.cpp computes these families with SiLU.
+    let activation = match f.maybe_text(ACTIVATION)? {
+        None | Some("silu" | "swish") => Activation::Silu,
+        Some("relu") if architecture.relu => Activation::Relu,
+        Some(_) if architecture.relu => bail!("{}", f.wrong(ACTIVATION, "silu or relu")),
+        Some(_) => bail!("{}", f.wrong(ACTIVATION, "silu, the only activation that this family has")),
+    };
     for (key, what) in [(VALUE_DIM, "the width of a key"), (ROTARY_DIM, "the width of a head, rotated whole")] {
         if let Some(n) = f.maybe_count(key)? {
             ensure!(n == head_dim, "{}", f.wrong(key, &format!("{head_dim}, {what}")));
@@ -316,6 +325,7 @@ pub fn describe(source: &Source, architecture: &Architecture) -> Result<Model> {
         residual_scale: 1.0,
         logit_scale: 1.0,
         head,
+        activation,
         rope,
         layers: read,
     })

@@ -241,15 +241,23 @@ pub fn main(args: &CalibrateArgs) -> Result<()> {
         return Ok(());
     }
     writeln!(out, "{} tokens; energy that is kept with 30, 50 and 70 % of the clusters", report.tokens)?;
-    writeln!(out, "layer  neurons  clusters      predictor          mean        oracle  oracle, single neurons")?;
+    writeln!(out, "live: what is not exactly zero, of the clusters and of the neurons")?;
+    writeln!(
+        out,
+        "layer  neurons  clusters      predictor          mean        oracle  oracle, single neurons      live"
+    )?;
     let percent = |shares: &[f64; 3]| shares.map(|s| format!("{:3.0}", 100.0 * s)).join(" ");
     for l in &report.layers {
         let (predictor, mean, oracle) = (percent(&l.predictor), percent(&l.mean), percent(&l.oracle));
         let single = percent(&l.neuron_oracle);
         writeln!(
             out,
-            "{:>5}  {:>7}  {:>8}    {predictor}   {mean}   {oracle}             {single}",
-            l.layer, l.neurons, l.clusters
+            "{:>5}  {:>7}  {:>8}    {predictor}   {mean}   {oracle}             {single}   {:3.0} {:3.0} %",
+            l.layer,
+            l.neurons,
+            l.clusters,
+            100.0 * l.live_clusters,
+            100.0 * l.live_neurons
         )?;
     }
     Ok(())

@@ -13,9 +13,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use forebay_kernels::ops::Activation;
 use forebay_kernels::weights::{Fields as CodeFields, Group};
 use forebay_runtime::model::record::{
-    LayerRecord, MatrixRecord, ModelRecord, NO_ROPE, Operator, RECORD_VERSION, ROUTER_NORMALISE, Router,
+    GATE_RELU, LayerRecord, MatrixRecord, ModelRecord, NO_ROPE, Operator, RECORD_VERSION, ROUTER_NORMALISE, Router,
 };
 use forebay_runtime::tokenizer::Tokenizer;
 use forebay_storage::image::{MAX_PAGE, MIN_PAGE};
@@ -352,11 +353,14 @@ fn records(model: &Model, plan: &plan::Plan<'_>, sampling: &Sampling, name: &str
             }
             FeedForward::Experts { top_k, router, normalise, norm_eps, scale, .. } => {
                 record.router = *router as u8;
-                record.router_flags = if *normalise { ROUTER_NORMALISE } else { 0 };
+                record.flags = if *normalise { ROUTER_NORMALISE } else { 0 };
                 record.top_k = (*top_k as u16).into();
                 record.router_norm_eps = (*norm_eps).into();
                 record.router_scale = (*scale).into();
             }
+        }
+        if model.activation == Activation::Relu {
+            record.flags |= GATE_RELU;
         }
         let [gate, up, down] = units.shape.matrices().map(MatrixRecord::new);
         (record.gate, record.up, record.down) = (gate, up, down);

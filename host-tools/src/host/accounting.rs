@@ -109,6 +109,9 @@ pub struct Accounting {
     skipped_weight: f64,
     /// Share of the neurons of dense layers with predictors that was used, where some could be left out.
     neurons_used: Option<f64>,
+    /// Shares of what ReLU layers computed that was not zero: of the neurons, and of the units (with any such neuron).
+    relu_live_neurons: Option<f64>,
+    relu_live_units: Option<f64>,
     rerouted: u64,
     replaced: u64,
     retries: u64,
@@ -145,6 +148,9 @@ impl Counts {
             let (hits, misses) = (layer.hits - then.hits, layer.misses - then.misses);
             share(hits as f64, (hits + misses) as f64)
         };
+        let live = |(part, part_then): (u64, u64), (all, all_then): (u64, u64)| {
+            (all > all_then).then(|| share((part - part_then) as f64, (all - all_then) as f64))
+        };
         let foreseeable = now.foreseeable - then.foreseeable;
         let per_token = |n: u64| share(n as f64, tokens as f64);
         Accounting {
@@ -165,6 +171,8 @@ impl Counts {
             neurons_used: (now.cluster_all > then.cluster_all).then(|| {
                 share((now.cluster_uses - then.cluster_uses) as f64, (now.cluster_all - then.cluster_all) as f64)
             }),
+            relu_live_neurons: live((now.relu_live, then.relu_live), (now.relu_neurons, then.relu_neurons)),
+            relu_live_units: live((now.relu_live_units, then.relu_live_units), (now.relu_units, then.relu_units)),
             rerouted: now.rerouted - then.rerouted,
             replaced: now.replaced - then.replaced,
             retries: now.retries - then.retries,
@@ -213,6 +221,13 @@ impl Accounting {
         }
         if let Some(used) = self.neurons_used {
             rows.push(("neurons", format!("{:.1} % of the dense layers' used", 100.0 * used)));
+        }
+        if let (Some(neurons), Some(units)) = (self.relu_live_neurons, self.relu_live_units) {
+            let (neurons, units) = (100.0 * neurons, 100.0 * units);
+            rows.push((
+                "ReLU",
+                format!("{neurons:.1} % of the neurons computed were above zero, in {units:.1} % of the units"),
+            ));
         }
         if self.precision_shares.len() > 1 {
             let name = |levels: usize| match levels {

@@ -60,6 +60,10 @@ pub struct LayerReport {
     pub mean: [f64; 3],
     /// Neurons with most energy, token by token: the bound for clusters of one neuron.
     pub neuron_oracle: [f64; 3],
+    /// Shares of the clusters, and of the neurons, that add anything at all to a token: what ReLU leaves, on average.
+    pub live_clusters: f64,
+    /// See `live_clusters`.
+    pub live_neurons: f64,
 }
 
 /// A layer being calibrated.
@@ -72,6 +76,8 @@ struct Layer {
     residual: Vec<f32>,
     /// Sum over tokens of the share of energy that the best neurons hold, at each of [`SHARES`].
     best_neurons: [f64; 3],
+    /// Neurons that were not zero, summed over tokens.
+    live: u64,
 }
 
 /// Watches two runs over the same tokens: the first says which neurons are active together, the second what each
@@ -101,6 +107,7 @@ impl Calibration {
                 rows: Rows::default(),
                 residual: Vec::new(),
                 best_neurons: [0.0; 3],
+                live: 0,
             };
             (l, layer)
         };
@@ -144,6 +151,7 @@ impl Calibration {
             let part = |part: &[u32]| part.iter().map(|n| energy[*n as usize]).sum::<f32>().sqrt();
             layer.rows.targets.extend(layer.order.chunks(width).map(part));
             let total: f64 = energy.iter().map(|e| f64::from(*e)).sum();
+            layer.live += energy.iter().filter(|e| **e > 0.0).count() as u64;
             energy.sort_unstable_by(|a, b| b.total_cmp(a));
             for (sum, share) in layer.best_neurons.iter_mut().zip(SHARES) {
                 let kept = (share * energy.len() as f64).round() as usize;
@@ -250,6 +258,8 @@ impl Layer {
             predictor: [0.0; 3],
             mean: [0.0; 3],
             neuron_oracle: self.best_neurons.map(|sum| sum / tokens as f64),
+            live_clusters: self.rows.targets.iter().filter(|t| **t > 0.0).count() as f64 / (tokens * count) as f64,
+            live_neurons: self.live as f64 / (tokens * self.neurons) as f64,
         };
         let rows = || self.rows.inputs.chunks_exact(hidden).zip(self.rows.targets.chunks_exact(count));
         let unseen = (tokens - seen) as f64;

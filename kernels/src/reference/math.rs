@@ -57,6 +57,14 @@ pub(crate) fn silu_mul(gate: &mut [f32], up: &[f32]) {
     }
 }
 
+/// `gate = gate * up` where `gate` is above zero or NaN, else 0 whatever `up` is.
+#[inline(always)]
+pub(crate) fn relu_mul(gate: &mut [f32], up: &[f32]) {
+    for (g, u) in gate.iter_mut().zip(up) {
+        *g = if *g <= 0.0 { 0.0 } else { *g * *u };
+    }
+}
+
 /// Softmax in place: exact maximum, exponentials, their sum by 16 partials, one reciprocal.
 #[inline(always)]
 pub(crate) fn softmax(x: &mut [f32]) {

@@ -118,6 +118,16 @@ fn operators_use_the_back_end_that_they_are_given() {
     marked(&|out| attention(exec, KvFormat::F16, &shape, &[0; 4], &[0; 4], x, 1, 1, 0, 0, 1.0, &mut [0.0; 16], out));
 }
 
+/// A gate that is not above zero makes zero, of whatever; NaN shows.
+#[test]
+fn relu_hides_what_it_gates() {
+    let mut gate = [2.0, 0.0, -0.0, -3.0, f32::NEG_INFINITY, -1.0, 1.0, f32::NAN, f32::MIN_POSITIVE];
+    let up = [-1.5, f32::NAN, 1.0, f32::INFINITY, 1.0, -1.0, f32::NAN, 0.0, 2.0];
+    ops::gate_mul(&fastest(), ops::Activation::Relu, &mut gate, &up);
+    assert_eq!(gate.map(f32::to_bits)[..6], [-3.0f32, 0.0, 0.0, 0.0, 0.0, 0.0].map(f32::to_bits));
+    assert!(gate[6].is_nan() && gate[7].is_nan() && gate[8] == 2.0 * f32::MIN_POSITIVE);
+}
+
 /// CI builds this once with `FOREBAY_BACKEND`.
 #[test]
 fn the_build_or_the_cpu_chooses() {

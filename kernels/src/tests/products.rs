@@ -4,7 +4,7 @@ use super::{Rng, assert_same, executions, fastest, nmse};
 use crate::activations::{Input, quantise};
 use crate::exec::{Backend, Exec, Serial};
 use crate::matmul::{matmul, matmul_add, matmul_all, matmul_gated, row_to_f32};
-use crate::ops;
+use crate::ops::{self, Activation};
 use crate::pack::{f16, pack_row_block, unpack_row};
 use crate::weights::*;
 use proptest::prelude::*;
@@ -531,8 +531,10 @@ fn fused_products_give_the_bits_of_their_steps() {
             for (out, bias) in gated.iter_mut().zip(&biases) {
                 out.chunks_mut(rows.max(1)).for_each(|row| ops::add(&one, row, bias));
             }
-            let [silu, with_bias] = &mut gated[..] else { unreachable!() };
-            ops::silu_mul(&one, silu, with_bias);
+            let [with_silu, with_bias] = &mut gated[..] else { unreachable!() };
+            let mut with_relu = with_silu.clone();
+            ops::silu_mul(&one, with_silu, with_bias);
+            ops::gate_mul(&one, Activation::Relu, &mut with_relu, with_bias);
             let mut sum = start.clone();
             ops::add(&one, &mut sum, &want[2]);
             executions(|exec| {
@@ -544,8 +546,10 @@ fn fused_products_give_the_bits_of_their_steps() {
                 }
                 let [a, b, c, d] = &mut out;
                 let both = [Some(&biases[0][..]), Some(&biases[1][..])];
-                matmul_gated(exec, [gate, up], both, input, tokens, [a, b]);
-                assert_same(a, silu, (exec, "gated", rows, cols, tokens));
+                for (activation, want) in [(Activation::Silu, &*with_silu), (Activation::Relu, &with_relu)] {
+                    matmul_gated(exec, activation, [gate, up], both, input, tokens, [&mut *a, &mut *b]);
+                    assert_same(a, want, (exec, activation, rows, cols, tokens));
+                }
                 c.copy_from_slice(&start);
                 matmul_add(exec, &third, input, tokens, d, c);
                 assert_same(c, &sum, (exec, "added", rows, cols, tokens));

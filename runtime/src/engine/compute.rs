@@ -4,7 +4,7 @@ use forebay_kernels::activations::{Input, quantise};
 use forebay_kernels::attention::{attention, kv_store};
 use forebay_kernels::exec::Exec;
 use forebay_kernels::matmul::{matmul, matmul_add, matmul_all, matmul_gated, row_to_f32};
-use forebay_kernels::ops;
+use forebay_kernels::ops::{self, Activation};
 use forebay_kernels::weights::{MatrixRef, MatrixShape};
 use zerocopy::FromBytes;
 
@@ -325,12 +325,15 @@ impl<'a> Engine<'a> {
         let shapes = [view.gate.shape(), view.up.shape()];
         if shapes[0].act_spec() == shapes[1].act_spec() {
             let x = self::input(exec, shapes[0], input, tokens, b.acts);
-            matmul_gated(exec, [view.gate, view.up], biases, x, tokens, [&mut *gate, up]);
+            matmul_gated(exec, shape.activation, [view.gate, view.up], biases, x, tokens, [&mut *gate, up]);
         } else {
             project(exec, input, tokens, b.acts, &mut [(view.gate, &mut *gate), (view.up, &mut *up)]);
             add_bias(exec, gate, biases[0]);
             add_bias(exec, up, biases[1]);
-            ops::silu_mul(exec, gate, up);
+            ops::gate_mul(exec, shape.activation, gate, up);
+        }
+        if shape.activation == Activation::Relu {
+            self.stats.count_live(gate, width);
         }
         let x = self::input(exec, view.down.shape(), gate, tokens, b.unit_acts);
         let out = &mut b.gathered[..tokens * hidden];

@@ -347,6 +347,7 @@ mod tests {
             operator: crate::model::record::Operator::Attention,
             router,
             normalise,
+            activation: ops::Activation::Silu,
             rope: false,
             heads: 1,
             kv_heads: 1,

@@ -41,8 +41,30 @@ pub struct Stats {
     pub cluster_uses: u64,
     /// Uses that there would have been if none had been left out.
     pub cluster_all: u64,
+    /// Neurons of ReLU layers that were computed, a token each, those that fill up a layer's last cluster included.
+    pub relu_neurons: u64,
+    /// Of those, the ones that were not zero.
+    pub relu_live: u64,
+    /// Units of ReLU layers that were computed, a token each.
+    pub relu_units: u64,
+    /// Of those, the ones with a neuron that was not zero.
+    pub relu_live_units: u64,
     /// Experts that cache-aware routing chose instead of the router's own choice.
     pub rerouted: u64,
+}
+
+impl Stats {
+    /// Counts what a unit of a ReLU layer computed, `[tokens][width]`.
+    pub(super) fn count_live(&mut self, activations: &[f32], width: usize) {
+        for token in activations.chunks_exact(width) {
+            // NaN is not zero.
+            let live = token.iter().filter(|x| **x != 0.0).count() as u64;
+            self.relu_neurons += width as u64;
+            self.relu_live += live;
+            self.relu_units += 1;
+            self.relu_live_units += u64::from(live > 0);
+        }
+    }
 }
 
 /// Uses of one layer's units.

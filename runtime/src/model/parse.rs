@@ -5,12 +5,14 @@
 
 use core::fmt;
 
+use forebay_kernels::ops::Activation;
 use forebay_kernels::weights::{Encoding, MatrixShape};
 use forebay_storage::image::{ExtentKind, ExtentTable};
 use zerocopy::FromBytes;
 
 use super::record::{
-    LayerRecord, ModelRecord, NO_LAYER, NO_ROPE, Operator, RECORD_VERSION, ROUTER_NORMALISE, Role, Router, TensorRecord,
+    GATE_RELU, LayerRecord, ModelRecord, NO_LAYER, NO_ROPE, Operator, RECORD_VERSION, ROUTER_NORMALISE, Role, Router,
+    TensorRecord,
 };
 use super::unit::UnitShape;
 
@@ -129,6 +131,8 @@ pub struct LayerShape {
     pub router: Router,
     /// Whether routing weights are normalised to sum 1.
     pub normalise: bool,
+    /// What the feed-forward does to its gate.
+    pub activation: Activation,
     /// Whether queries and keys are rotated.
     pub rope: bool,
     /// Query heads.
@@ -200,8 +204,8 @@ impl LayerShape {
             2 => Router::Softmax,
             n => return Err(field("router", n.into())),
         };
-        if record.router_flags & !ROUTER_NORMALISE != 0 {
-            return Err(field("router_flags", record.router_flags.into()));
+        if record.flags & !(ROUTER_NORMALISE | GATE_RELU) != 0 {
+            return Err(field("flags", record.flags.into()));
         }
         if record.rope != 0 && record.rope != NO_ROPE {
             return Err(field("rope", record.rope.into()));
@@ -260,7 +264,8 @@ impl LayerShape {
         Ok(Self {
             operator,
             router,
-            normalise: record.router_flags & ROUTER_NORMALISE != 0,
+            normalise: record.flags & ROUTER_NORMALISE != 0,
+            activation: if record.flags & GATE_RELU != 0 { Activation::Relu } else { Activation::Silu },
             rope: record.rope != NO_ROPE && operator == Operator::Attention,
             heads: heads.into(),
             kv_heads: kv_heads.into(),

@@ -146,8 +146,10 @@ pub enum Router {
     Softmax = 2,
 }
 
-/// [`LayerRecord::router_flags`]: the chosen weights are divided by their sum plus `router_norm_eps`.
+/// [`LayerRecord::flags`]: the chosen weights are divided by their sum plus `router_norm_eps`.
 pub const ROUTER_NORMALISE: u8 = 1;
+/// [`LayerRecord::flags`]: the feed-forward gates with ReLU instead of SiLU.
+pub const GATE_RELU: u8 = 2;
 
 /// One decoder layer. 128 bytes.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -157,8 +159,8 @@ pub struct LayerRecord {
     pub operator: u8,
     /// A [`Router`].
     pub router: u8,
-    /// [`ROUTER_NORMALISE`].
-    pub router_flags: u8,
+    /// [`ROUTER_NORMALISE`], [`GATE_RELU`].
+    pub flags: u8,
     /// 0 for the [`Role::RopeInvFreq`] table, or [`NO_ROPE`].
     pub rope: u8,
     /// Query heads (attention).
