@@ -194,7 +194,8 @@ struct ComputeArgs {
     /// Threads that compute [default: the machine's cores]
     #[arg(short, long, value_name = "N", value_parser = positive)]
     threads: Option<usize>,
-    /// Most tokens of a prompt that are computed together; fewer are where memory is scarce [default: the plan's, else 64]
+    /// Most tokens of a prompt that are computed together; fewer are where memory is scarce [default: the plan's, else up
+    /// to 512, but above 64 only as long as they leave the pool 31 parts of 32]
     #[arg(short, long, value_name = "N", value_parser = positive)]
     batch: Option<usize>,
     /// How keys and values are kept
@@ -252,8 +253,21 @@ impl ComputeArgs {
     }
 }
 
-/// Most tokens of a prompt that are computed together unless it is said.
-const BATCH: usize = 64;
+/// The plan for the `given` number of tokens computed together or, unless it is said, for the most that hardly cost
+/// the pool anything: a prompt reads each expert that it needs once a batch.
+fn with_batch(given: Option<usize>, plan: impl Fn(usize) -> Result<Plan>) -> Result<Plan> {
+    const LEAST: usize = 64;
+    if let Some(given) = given {
+        return plan(given);
+    }
+    for most in [512, 256, 128] {
+        let plan = plan(most)?;
+        if plan.batch <= LEAST || plan.holds_all_units() || plan.working <= (plan.working + plan.pool) / 32 {
+            return Ok(plan);
+        }
+    }
+    plan(LEAST)
+}
 
 /// What a command needs of a session, besides the machine.
 struct Wanted {
@@ -314,11 +328,13 @@ impl MachineArgs {
             (None, None) if found.bundled => Ram::Streaming,
             (None, None) => Ram::Ample,
         };
-        let most = self.compute.batch.or(stored.map(|stored| stored.batch)).unwrap_or(BATCH);
-        let kv = self.compute.kv(image.model());
-        let request =
-            Request { context, batch: batch.min(most), logit_rows, kv, threads: self.threads(), policy, extra };
-        Ok((session::plan(&found.file, image, &request, &ram)?, deadline_ms, planned))
+        let given = self.compute.batch.or(stored.map(|stored| stored.batch));
+        let (kv, threads) = (self.compute.kv(image.model()), self.threads());
+        let plan = with_batch(given, |most| {
+            let request = Request { context, batch: batch.min(most), logit_rows, kv, threads, policy, extra };
+            session::plan(&found.file, image, &request, &ram)
+        })?;
+        Ok((plan, deadline_ms, planned))
     }
 
     /// Plans the arena and says everything that a session is told.

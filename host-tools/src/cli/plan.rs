@@ -18,7 +18,7 @@ use forebay_storage::layers::DeviceProfile;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-use super::{BATCH, ComputeArgs, LONG_CONTEXT, ModelArgs};
+use super::{ComputeArgs, LONG_CONTEXT, ModelArgs, with_batch};
 use crate::host::models::Found;
 use crate::host::rehearse::{self, Rehearsal, Score, rehearse};
 use crate::host::score::{LOGIT_ROWS, score_chunk};
@@ -142,9 +142,10 @@ impl Planner<'_> {
 
     /// How a run would split the arena that is planned for.
     fn arena(&self, image: &Image<'_>, policy: Policy) -> Result<Plan> {
-        let batch = self.args.compute.batch.unwrap_or(BATCH);
-        let request = self.request(image, policy, batch, 1);
-        session::plan(&self.found.file, image, &request, &Ram::Given(self.args.ram.clone()))
+        let ram = Ram::Given(self.args.ram.clone());
+        with_batch(self.args.compute.batch, |batch| {
+            session::plan(&self.found.file, image, &self.request(image, policy, batch, 1), &ram)
+        })
     }
 
     fn setup(&self, plan: Plan, device: Option<DeviceProfile>) -> Setup {
@@ -275,6 +276,7 @@ fn plan(
     })?;
     let planner = Planner { args, found, context, backend, bar: bar.clone() };
     let exact = found.file.probe(|image, _| planner.arena(image, Policy::default()))?;
+    let batch = exact.batch;
     let loaded = args.trace.as_deref().map(|path| load(path, &head, found)).transpose()?;
 
     // What computing takes, what is chosen, and a text.
@@ -313,7 +315,7 @@ fn plan(
         version: VERSION,
         ram: args.ram.bytes,
         context,
-        batch: args.compute.batch.unwrap_or(BATCH),
+        batch,
         device: Device::from(args.device),
         policy: PlannedPolicy::new(&policy),
         profiled: best_profiled(&profiled, &rows, &winner),
