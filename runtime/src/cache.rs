@@ -10,6 +10,8 @@
 //!
 //! A share of the pool can be a fixed region ([`pinned_units`]): its units never give way once they are there.
 
+#[cfg(doc)]
+use crate::model::LayerShape;
 use crate::plan::MIN_UNITS;
 
 /// No slot, in the piece table; no piece, in the slot table.
@@ -163,15 +165,24 @@ pub struct Claim {
 
 /// How many of a dense layer's `units` units are pinned, its first ones, where `share` of a pool of `slots` slots is a
 /// fixed region: the hot region of PowerInfer-2's segmented cache (2406.06282). The model's dense layers, `dense` units
-/// together, get equal shares of it. A unit takes `pieces` slots; room for [`MIN_UNITS`] units is always left.
+/// together, get what `hot` says ([`LayerShape::hot`]), or equal shares where it says nothing. A unit takes `pieces` slots;
+/// room for [`MIN_UNITS`] units is always left.
 ///
 /// A calibrated image has the clusters of a layer in the order of how often they matter, so the first ones are the hot
-/// ones; without calibration every token uses all of them, and one is as good as another.
+/// ones; where every token uses all of them, one is as good as another.
 #[must_use]
-pub fn pinned_units(units: usize, dense: usize, slots: usize, pieces: usize, share: f32) -> usize {
-    let room = (slots / pieces.max(1)).saturating_sub(MIN_UNITS);
-    let room = ((slots as f64 * f64::from(share.clamp(0.0, 1.0))) as usize / pieces.max(1)).min(room);
-    (units * room / dense.max(1)).min(units)
+pub fn pinned_units(units: usize, dense: usize, slots: usize, pieces: usize, share: f32, hot: &[u16]) -> usize {
+    let (pieces, dense) = (pieces.max(1), dense.max(1));
+    let room = (slots / pieces).saturating_sub(MIN_UNITS).min(dense);
+    let room = ((slots as f64 * f64::from(share.clamp(0.0, 1.0))) as usize / pieces).min(room);
+    // Between two steps of the table a layer's number grows evenly, so that all together never take more than the room.
+    let (at, rest) = (room * hot.len() / dense, room * hot.len() % dense);
+    let entry = |at: usize| at.checked_sub(1).and_then(|at| hot.get(at)).map_or(0, |n| usize::from(*n));
+    let pinned = match hot.last() {
+        Some(last) if *last > 0 => entry(at) + entry(at + 1).saturating_sub(entry(at)) * rest / dense,
+        _ => units * room / dense,
+    };
+    pinned.min(units)
 }
 
 /// Which piece holds which slot.
@@ -489,17 +500,34 @@ mod tests {
 
     #[test]
     fn a_fixed_region_leaves_room() {
-        assert_eq!(pinned_units(48, 480, 100, 1, 0.5), 5);
-        assert_eq!(pinned_units(48, 480, 100, 1, 0.0), 0);
-        assert_eq!(pinned_units(48, 480, 100, 2, 0.5), 2);
-        assert_eq!(pinned_units(48, 480, 10_000, 1, 1.0), 48);
-        assert_eq!(pinned_units(0, 0, 100, 1, 1.0), 0);
-        for slots in 2..40 {
-            for pieces in 1..4 {
-                let pinned: usize = [7, 3, 5].map(|units| pinned_units(units, 15, slots, pieces, 1.0)).iter().sum();
-                assert!(pinned == 0 || pinned * pieces + MIN_UNITS * pieces <= slots, "{slots} slots, {pieces} pieces");
+        assert_eq!(pinned_units(48, 480, 100, 1, 0.5, &[]), 5);
+        assert_eq!(pinned_units(48, 480, 100, 1, 0.0, &[]), 0);
+        assert_eq!(pinned_units(48, 480, 100, 2, 0.5, &[]), 2);
+        assert_eq!(pinned_units(48, 480, 10_000, 1, 1.0, &[]), 48);
+        assert_eq!(pinned_units(0, 0, 100, 1, 1.0, &[]), 0);
+        let equal: [&[u16]; 3] = [&[], &[0; 4], &[]];
+        // Of 15 units, three of the hottest 3 are the last layer's, four of the hottest 7, and so on.
+        for hot in [equal, [&[0, 2, 4, 7], &[0, 1, 2, 3], &[3, 4, 5, 5]]] {
+            for slots in 2..40 {
+                for pieces in 1..4 {
+                    let each = [0, 1, 2].map(|l| pinned_units([7, 3, 5][l], 15, slots, pieces, 1.0, hot[l]));
+                    let pinned: usize = each.iter().sum();
+                    let fits = pinned == 0 || pinned * pieces + MIN_UNITS * pieces <= slots;
+                    assert!(fits, "{slots} slots, {pieces} pieces: {each:?}");
+                }
             }
         }
+        assert_eq!(
+            [0, 1, 2].map(|l| pinned_units(
+                [7, 3, 5][l],
+                15,
+                9,
+                1,
+                1.0,
+                [&[0, 2, 4, 7], &[0, 1, 2, 3], &[3, 4, 5, 5]][l]
+            )),
+            [2, 1, 4]
+        );
     }
 
     #[test]

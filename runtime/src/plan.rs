@@ -345,7 +345,10 @@ impl Plan {
     pub fn pinned(&self, layer: &LayerShape) -> usize {
         match layer.router {
             Router::All => {
-                pinned_units(layer.units, self.dense_units, self.slots, self.pieces, self.limits.policy.pinned)
+                let policy = &self.limits.policy;
+                // What is hot is so where some clusters are left out.
+                let hot: &[u16] = if policy.neurons_kept < 1.0 { &layer.hot } else { &[] };
+                pinned_units(layer.units, self.dense_units, self.slots, self.pieces, policy.pinned, hot)
             }
             _ => 0,
         }

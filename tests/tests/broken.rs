@@ -3,7 +3,7 @@
 use forebay::convert::{ConvertOptions, WeightChoice};
 use forebay_conformance::hostile::{parts, reseal};
 use forebay_conformance::{Run, Setup, arena_memory, arena_of, fixtures, image_of, plan, run, run_mapped, run_on};
-use forebay_runtime::model::record::{GATE_RELU, LayerRecord, ModelRecord, ROUTER_NORMALISE};
+use forebay_runtime::model::record::{GATE_RELU, HOT_STEPS, LayerRecord, ModelRecord, ROUTER_NORMALISE};
 use forebay_storage::MemoryStore;
 use proptest::prelude::*;
 
@@ -122,6 +122,42 @@ fn unknown_flags_of_layers_are_refused() {
             Ok(_) => assert!([ROUTER_NORMALISE, GATE_RELU].contains(&(1 << bit)), "bit {bit} is not refused"),
             Err(error) => assert!(error.to_string().contains("layer 1: flags is"), "{error}"),
         }
+    }
+}
+
+/// What is said to be hot is pinned: more than there is would leave the pool no room.
+#[test]
+fn hot_units_that_cannot_be_are_refused() {
+    let image = image("llama-gqa-untied", WeightChoice::Q4);
+    let model = parts(&image).into_iter().find(|(name, _)| *name == "MODEL").unwrap().1;
+    let at = |layer: usize, step: usize| {
+        model.start + size_of::<ModelRecord>() + layer * size_of::<LayerRecord>() + 96 + 2 * step
+    };
+    // Three layers of five units.
+    let good = |image: &mut [u8]| {
+        for (layer, step) in (0..3).flat_map(|layer| (0..HOT_STEPS).map(move |step| (layer, step))) {
+            image[at(layer, step)] = (5 * (step + 1) / HOT_STEPS) as u8;
+        }
+    };
+    type Change = dyn Fn(&mut [u8]);
+    let outcome = |change: &Change| {
+        let mut other = image.clone();
+        good(&mut other);
+        change(&mut other);
+        reseal(&mut other);
+        run(&other, &Setup::default(), &TOKENS).map_err(|error| error.to_string())
+    };
+    assert!(outcome(&|_| ()).is_ok());
+    let broken: [(&str, &Change); 5] = [
+        ("layer 1: hot is 6", &|image| image[at(1, HOT_STEPS - 1)] = 6),
+        ("layer 1: hot is 5", &|image| image[at(1, 3)] = 5),
+        ("layer 2: hot is 773", &|image| image[at(2, HOT_STEPS - 1) + 1] = 3),
+        ("model: hot is 10", &|image| (0..HOT_STEPS).for_each(|step| image[at(0, step)] = 0)),
+        ("model: hot is 15", &|image| (0..HOT_STEPS).for_each(|step| (0..3).for_each(|l| image[at(l, step)] = 5))),
+    ];
+    for (message, change) in broken {
+        let error = outcome(change).err();
+        assert!(error.as_ref().is_some_and(|error| error.contains(message)), "{message}: {error:?}");
     }
 }
 

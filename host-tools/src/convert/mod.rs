@@ -274,7 +274,7 @@ pub fn convert_source(
 
     let name = options.name.clone().unwrap_or_else(|| source.name.clone());
     let metadata = metadata(source, &name, &plan.label, options);
-    let records = records(&description, &plan, &sampling, &name);
+    let records = records(&description, &plan, options.neurons.as_deref(), &sampling, &name);
     let sections =
         writer::Sections { tokenizer, chat_template: chat_template.map(String::into_bytes), chat_turns, metadata };
     let written = writer::write(source, &plan, records, &sections, image, options, progress)
@@ -306,7 +306,13 @@ fn padded<const N: usize>(text: &str) -> [u8; N] {
 }
 
 /// The MODEL section's records, but for the extents.
-fn records(model: &Model, plan: &plan::Plan<'_>, sampling: &Sampling, name: &str) -> (ModelRecord, Vec<LayerRecord>) {
+fn records(
+    model: &Model,
+    plan: &plan::Plan<'_>,
+    neurons: Option<&NeuronPlan>,
+    sampling: &Sampling,
+    name: &str,
+) -> (ModelRecord, Vec<LayerRecord>) {
     let mut record = ModelRecord::new_zeroed();
     record.version = RECORD_VERSION.into();
     record.layers = (model.layers.len() as u16).into();
@@ -325,7 +331,8 @@ fn records(model: &Model, plan: &plan::Plan<'_>, sampling: &Sampling, name: &str
     record.weights_label = padded(&plan.label);
     record.family = padded(model.family);
     record.name = padded(name);
-    let layers = model.layers.iter().zip(&plan.units).map(|(layer, units)| {
+    let hot = neurons.map_or_else(BTreeMap::new, NeuronPlan::hot);
+    let layers = (0u16..).zip(&model.layers).zip(&plan.units).map(|((l, layer), units)| {
         let mut record = LayerRecord::new_zeroed();
         record.rope_mscale = model.rope.mscale.into();
         match &layer.mixer {
@@ -364,6 +371,7 @@ fn records(model: &Model, plan: &plan::Plan<'_>, sampling: &Sampling, name: &str
         }
         let [gate, up, down] = units.shape.matrices().map(MatrixRecord::new);
         (record.gate, record.up, record.down) = (gate, up, down);
+        record.hot = hot.get(&l).copied().unwrap_or_default().map(Into::into);
         record
     });
     (record, layers.collect())

@@ -190,12 +190,15 @@ impl Calibration {
         let mut layers = BTreeMap::new();
         for (index, (l, (predictor, _))) in scored.into_iter().enumerate() {
             let layer = self.layers.remove(&l).context("a layer is missing")?;
-            let mut scores: Vec<f32> =
+            let scores: Vec<f32> =
                 layer.rows.inputs.chunks_exact(hidden).flat_map(|x| predictor.scores(x).collect::<Vec<_>>()).collect();
-            scores.sort_unstable_by(|a, b| b.total_cmp(a));
-            let thresholds = kept.iter().map(|kept| quantile(&scores, kept[index])).collect();
-            layers
-                .insert(l, LayerNeurons { order: layer.order, gate: predictor.gate, bias: predictor.bias, thresholds });
+            let mut sorted = scores.clone();
+            sorted.sort_unstable_by(|a, b| b.total_cmp(a));
+            let thresholds: Vec<f32> = kept.iter().map(|kept| quantile(&sorted, kept[index])).collect();
+            let uses = uses(&scores, predictor.bias.len(), &thresholds);
+            let Predictor { gate, bias } = predictor;
+            let neurons = LayerNeurons { order: layer.order, gate, bias, thresholds, uses };
+            layers.insert(l, hottest_first(neurons, settings.width as usize, hidden));
         }
         Ok((NeuronPlan { width: settings.width, hidden: hidden as u32, layers }, reports))
     }
@@ -344,6 +347,35 @@ fn quantile(scores: &[f32], share: f64) -> f32 {
     }
 }
 
+/// Share of the tokens of `scores`, `[tokens][clusters]`, that use each cluster, the mean over the thresholds.
+fn uses(scores: &[f32], clusters: usize, thresholds: &[f32]) -> Vec<f32> {
+    let mut counts = vec![0u64; clusters];
+    for row in scores.chunks_exact(clusters.max(1)) {
+        for (count, score) in counts.iter_mut().zip(row) {
+            *count += thresholds.iter().filter(|threshold| score > threshold).count() as u64;
+        }
+    }
+    let all = (scores.len() / clusters.max(1) * thresholds.len()).max(1) as f64;
+    counts.into_iter().map(|count| (count as f64 / all) as f32).collect()
+}
+
+/// The same clusters in the order of how often they are used; one that is not full stays the last.
+fn hottest_first(neurons: LayerNeurons, width: usize, hidden: usize) -> LayerNeurons {
+    let LayerNeurons { order, gate, bias, thresholds, uses } = neurons;
+    let mut ranks: Vec<usize> = (0..order.len() / width).collect();
+    ranks.sort_by(|a, b| uses[*b].total_cmp(&uses[*a]).then(a.cmp(b)));
+    ranks.extend(order.len() / width..uses.len());
+    let rows = |all: &[f32], len: usize| ranks.iter().flat_map(|c| all[c * len..][..len].to_vec()).collect::<Vec<_>>();
+    let neurons = |c: &usize| order[c * width..((c + 1) * width).min(order.len())].to_vec();
+    LayerNeurons {
+        order: ranks.iter().flat_map(neurons).collect(),
+        gate: rows(&gate, hidden),
+        bias: rows(&bias, 1),
+        uses: rows(&uses, 1),
+        thresholds,
+    }
+}
+
 /// Does `work` on every item, on all processors.
 fn in_parallel<T: Send>(items: impl Iterator<Item = T>, work: impl Fn(T) + Sync) {
     let items: Vec<Mutex<Option<T>>> = items.map(|item| Mutex::new(Some(item))).collect();
@@ -374,6 +406,24 @@ mod tests {
         assert_eq!(allocate(&[flat, steep], 0.5), [0.0, 1.0]);
         assert_eq!(allocate(&[flat, steep], 0.75), [0.5, 1.0]);
         assert_eq!(allocate(&[flat, steep], 1.0), [1.0, 1.0]);
+    }
+
+    #[test]
+    fn clusters_are_used_as_often_as_they_score() {
+        // Two tokens, three clusters; nothing is above the first threshold, everything above the last.
+        let scores = [1.0, 3.0, 2.0, 0.0, 3.0, 4.0];
+        assert_eq!(uses(&scores, 3, &[9.0, 2.5, 0.5, -1.0]), [3.0 / 8.0, 6.0 / 8.0, 5.0 / 8.0]);
+        let neurons = LayerNeurons {
+            order: (0..7).collect(),
+            gate: vec![0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5],
+            bias: vec![0.0, 1.0, 2.0, 3.0],
+            thresholds: vec![1.0, 0.0],
+            uses: vec![0.25, 0.75, 0.5, 1.0],
+        };
+        let sorted = hottest_first(neurons, 2, 2);
+        assert_eq!(sorted.order, [2, 3, 4, 5, 0, 1, 6]);
+        assert_eq!(sorted.gate, [1.0, 1.5, 2.0, 2.5, 0.0, 0.5, 3.0, 3.5]);
+        assert_eq!((sorted.bias, sorted.uses), (vec![1.0, 2.0, 0.0, 3.0], vec![0.75, 0.5, 0.25, 1.0]));
     }
 
     #[test]

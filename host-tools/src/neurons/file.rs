@@ -11,7 +11,7 @@ use zerocopy::IntoBytes;
 use super::{LayerNeurons, NeuronPlan, clusters};
 
 /// Marks the file.
-const FORMAT: &str = "forebay-neurons-1";
+const FORMAT: &str = "forebay-neurons-2";
 
 impl NeuronPlan {
     /// Writes the plan to `path`.
@@ -25,11 +25,12 @@ impl NeuronPlan {
         let mut tensors = Vec::new();
         for (l, layer) in &self.layers {
             let hidden = self.hidden as usize;
-            let parts: [(&str, Dtype, Vec<usize>, &[u8]); 4] = [
+            let parts: [(&str, Dtype, Vec<usize>, &[u8]); 5] = [
                 ("order", Dtype::U32, vec![layer.order.len()], layer.order.as_bytes()),
                 ("gate", Dtype::F32, vec![layer.bias.len(), hidden], layer.gate.as_bytes()),
                 ("bias", Dtype::F32, vec![layer.bias.len()], layer.bias.as_bytes()),
                 ("thresholds", Dtype::F32, vec![layer.thresholds.len()], layer.thresholds.as_bytes()),
+                ("uses", Dtype::F32, vec![layer.uses.len()], layer.uses.as_bytes()),
             ];
             for (part, dtype, shape, bytes) in parts {
                 let view = TensorView::new(dtype, shape, bytes).context("describing a tensor")?;
@@ -86,8 +87,8 @@ impl NeuronPlan {
                 Ok(values)
             };
             let order: Vec<u32> = words(get("order", Dtype::U32)?).into_iter().map(u32::from_le_bytes).collect();
-            let layer =
-                LayerNeurons { gate: floats("gate")?, bias: floats("bias")?, thresholds: floats("thresholds")?, order };
+            let [gate, bias] = [floats("gate")?, floats("bias")?];
+            let layer = LayerNeurons { gate, bias, thresholds: floats("thresholds")?, uses: floats("uses")?, order };
             let mut sorted = layer.order.clone();
             sorted.sort_unstable();
             ensure!(sorted.into_iter().eq(0..layer.order.len() as u32), "the order of layer {l} is not a permutation");
@@ -95,6 +96,7 @@ impl NeuronPlan {
             let fits = count > 0 && layer.bias.len() == count && layer.gate.len() == count * hidden as usize;
             ensure!(fits, "the predictor of layer {l} has not a row of {hidden} for each of {count} clusters");
             ensure!(layer.thresholds.len() >= 2, "layer {l} has no thresholds");
+            ensure!(layer.uses.len() == count, "layer {l} has not a number of uses for each of {count} clusters");
             layers.insert(l, layer);
         }
         Ok(Self { width, hidden, layers })
@@ -111,6 +113,7 @@ mod tests {
             gate: vec![0.5; 2 * 3],
             bias: vec![1.0, 2.0],
             thresholds: vec![2.0, 1.0, 0.0],
+            uses: vec![0.75, 0.5],
         };
         NeuronPlan { width: 32, hidden: 3, layers: BTreeMap::from([(0, layer.clone()), (7, layer)]) }
     }
@@ -130,12 +133,13 @@ mod tests {
     #[test]
     fn what_is_no_plan_is_refused() {
         type Break = fn(&mut LayerNeurons);
-        let broken: [(&str, Break); 5] = [
+        let broken: [(&str, Break); 6] = [
             ("permutation", |l| l.order[0] = 0),
             ("predictor", |l| l.order.truncate(0)),
             ("predictor", |l| l.gate.truncate(l.gate.len() - 1)),
             ("finite", |l| l.bias[0] = f32::NAN),
             ("thresholds", |l| l.thresholds.truncate(1)),
+            ("uses", |l| l.uses.truncate(1)),
         ];
         for (word, damage) in broken {
             let mut plan = plan();

@@ -15,6 +15,8 @@ pub use predict::{Predictor, Rows, fit};
 
 use std::collections::BTreeMap;
 
+use forebay_runtime::model::record::HOT_STEPS;
+
 /// How the neurons of a dense layer are put in order, and what predicts the clusters that they are cut into.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerNeurons {
@@ -26,6 +28,8 @@ pub struct LayerNeurons {
     pub bias: Vec<f32>,
     /// Thresholds on its scores; entry `i` of `0..=n` is for a share of `i / n` of all clusters.
     pub thresholds: Vec<f32>,
+    /// Share of the calibration's tokens that used each cluster, the mean over the thresholds: how hot it is.
+    pub uses: Vec<f32>,
 }
 
 /// What a conversion needs to know about the neurons of a model.
@@ -37,6 +41,26 @@ pub struct NeuronPlan {
     pub hidden: u32,
     /// By layer; layers without a dense feed-forward are not there.
     pub layers: BTreeMap<u16, LayerNeurons>,
+}
+
+impl NeuronPlan {
+    /// Of each layer, how many of its clusters are among the most often used 1/16, 2/16, … of all layers' clusters
+    /// ([`forebay_runtime::model::record::LayerRecord::hot`]).
+    #[must_use]
+    pub fn hot(&self) -> BTreeMap<u16, [u16; HOT_STEPS]> {
+        let each = |(l, layer): (&u16, &LayerNeurons)| {
+            layer.uses.iter().enumerate().map(|(c, uses)| (*uses, c, *l)).collect::<Vec<_>>()
+        };
+        let mut all: Vec<(f32, usize, u16)> = self.layers.iter().flat_map(each).collect();
+        all.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+        let mut hot: BTreeMap<u16, [u16; HOT_STEPS]> = self.layers.keys().map(|l| (*l, [0; HOT_STEPS])).collect();
+        for (rank, (.., l)) in all.iter().enumerate() {
+            for (step, count) in hot.entry(*l).or_default().iter_mut().enumerate() {
+                *count += u16::from(rank < (step + 1) * all.len() / HOT_STEPS);
+            }
+        }
+        hot
+    }
 }
 
 /// Clusters of `neurons` neurons.

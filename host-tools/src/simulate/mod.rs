@@ -154,7 +154,7 @@ pub fn replay(trace: &Trace, pool: &Pool) -> Result<Replay> {
     let directory = Directory::new(&mut entries, &mut of_piece, &mut uses, pool.pieces, layers, policy.eviction);
     let dense = head.layers.iter().filter(|layer| !layer.experts).map(|layer| usize::from(layer.units)).sum();
     let pinned = head.layers.iter().map(|layer| match layer.experts {
-        false => pinned_units(layer.units.into(), dense, pool.slots, pool.pieces, policy.pinned),
+        false => pinned_units(layer.units.into(), dense, pool.slots, pool.pieces, policy.pinned, &[]),
         true => 0,
     });
     let mut replayer = Replayer { directory, head, bases, pinned: pinned.collect(), policy };

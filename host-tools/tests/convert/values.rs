@@ -522,6 +522,7 @@ fn gguf_blocks_are_imported_without_loss() {
                 gate: vec![0.0; 3 * hidden],
                 bias: vec![0.0; 3],
                 thresholds: vec![1.0, -1.0],
+                uses: vec![0.75, 0.5, 0.25],
             };
             let layers = BTreeMap::from([(0, neurons.clone()), (1, neurons)]);
             let plan = NeuronPlan { width: 64, hidden: hidden as u32, layers };
@@ -529,6 +530,10 @@ fn gguf_blocks_are_imported_without_loss() {
             let report = quietly(&folder.join("lfm2.gguf"), &folder.join("moved.fby"), &options).unwrap();
             assert_eq!(report.encodings.values().all(|t| t.squared_error == 0.0), exact, "steps of {step}");
             let image = Image::open(&folder.join("moved.fby"));
+            // Of the six clusters of both layers the hottest are the first layer's first, then the second's.
+            let hot = [0, 1].map(|l| image.layer(l).hot);
+            assert_eq!((hot[0][2], hot[1][2], hot[0][7], hot[1][7]), (1, 0, 2, 1), "{hot:?}");
+            assert_eq!((hot[0][15], hot[1][15]), (3, 3));
             for (u, order) in order.chunks(64).enumerate() {
                 let unit = image.unit(1, u, image.layer(1).unit.levels());
                 for (row, n) in matrix_values(&unit.up).chunks_exact(hidden).zip(order) {

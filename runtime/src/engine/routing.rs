@@ -337,6 +337,7 @@ impl Engine<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::record::HOT_STEPS;
     use crate::model::unit::UnitShape;
     use forebay_kernels::exec::{Backend, Serial};
     use forebay_kernels::weights::{Encoding, MatrixShape};
@@ -362,6 +363,7 @@ mod tests {
             router_norm_eps: 0.0,
             router_scale: 1.0,
             first_extent: 0,
+            hot: [0; HOT_STEPS],
             unit: UnitShape { gate: matrix, up: matrix, down: matrix },
         }
     }

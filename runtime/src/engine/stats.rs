@@ -56,7 +56,7 @@ pub struct Stats {
 impl Stats {
     /// Counts what a unit of a ReLU layer computed, `[tokens][width]`.
     pub(super) fn count_live(&mut self, activations: &[f32], width: usize) {
-        for token in activations.chunks_exact(width) {
+        for token in activations.chunks_exact(width.max(1)) {
             // NaN is not zero.
             let live = token.iter().filter(|x| **x != 0.0).count() as u64;
             self.relu_neurons += width as u64;

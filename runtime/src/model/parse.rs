@@ -9,10 +9,11 @@ use forebay_kernels::ops::Activation;
 use forebay_kernels::weights::{Encoding, MatrixShape};
 use forebay_storage::image::{ExtentKind, ExtentTable};
 use zerocopy::FromBytes;
+use zerocopy::little_endian::U16;
 
 use super::record::{
-    GATE_RELU, LayerRecord, ModelRecord, NO_LAYER, NO_ROPE, Operator, RECORD_VERSION, ROUTER_NORMALISE, Role, Router,
-    TensorRecord,
+    GATE_RELU, HOT_STEPS, LayerRecord, ModelRecord, NO_LAYER, NO_ROPE, Operator, RECORD_VERSION, ROUTER_NORMALISE,
+    Role, Router, TensorRecord,
 };
 use super::unit::UnitShape;
 
@@ -161,6 +162,9 @@ pub struct LayerShape {
     pub router_scale: f32,
     /// First unit extent.
     pub first_extent: u32,
+    /// How many of the first units are among the hottest of all dense layers, in shares of `1 / HOT_STEPS`; zeros if
+    /// the layer was not calibrated.
+    pub hot: [u16; HOT_STEPS],
     /// Shapes of a unit's matrices.
     pub unit: UnitShape,
 }
@@ -241,6 +245,11 @@ impl LayerShape {
         if !top_k_fits {
             return Err(field("top_k", top_k.into()));
         }
+        let hot = record.hot.map(U16::get);
+        let most = if router == Router::All { units } else { 0 };
+        if !hot.is_sorted() || (hot[HOT_STEPS - 1] != 0 && hot[HOT_STEPS - 1] != most) {
+            return Err(field("hot", hot[HOT_STEPS - 1].into()));
+        }
         let matrix = |name, m: &super::record::MatrixRecord| m.shape().ok_or(field(name, m.kind.into()));
         let unit = UnitShape {
             gate: matrix("gate", &record.gate)?,
@@ -280,6 +289,7 @@ impl LayerShape {
             router_norm_eps: finite("router_norm_eps", record.router_norm_eps.get())?,
             router_scale: finite("router_scale", record.router_scale.get())?,
             first_extent: record.first_extent.get(),
+            hot,
             unit,
         })
     }
@@ -375,7 +385,27 @@ impl<'a> Model<'a> {
         for index in 0..count {
             this.check_layer(index as u16)?;
         }
+        this.check_hot()?;
         Ok(this)
+    }
+
+    /// The dense layers were all calibrated or none was, and their shares of the hottest units are no more than there are:
+    /// what is pinned by them must leave room in the pool.
+    fn check_hot(&self) -> Result<(), ModelError> {
+        let layers = || (0..self.layers.len()).filter_map(|l| self.layer(l)).filter(|l| l.router == Router::All);
+        let wrong = |value: usize| ModelError::Field { place: Place(NO_LAYER), field: "hot", value: value as u64 };
+        let dense: usize = layers().map(|layer| layer.units).sum();
+        let whole: usize = layers().map(|layer| usize::from(layer.hot[HOT_STEPS - 1])).sum();
+        if whole != 0 && whole != dense {
+            return Err(wrong(whole));
+        }
+        for step in 0..HOT_STEPS {
+            let sum: usize = layers().map(|layer| usize::from(layer.hot[step])).sum();
+            if sum > (step + 1) * dense / HOT_STEPS {
+                return Err(wrong(sum));
+            }
+        }
+        Ok(())
     }
 
     fn check_record(&self) -> Result<(), ModelError> {

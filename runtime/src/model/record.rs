@@ -151,6 +151,9 @@ pub const ROUTER_NORMALISE: u8 = 1;
 /// [`LayerRecord::flags`]: the feed-forward gates with ReLU instead of SiLU.
 pub const GATE_RELU: u8 = 2;
 
+/// Steps of [`LayerRecord::hot`].
+pub const HOT_STEPS: usize = 16;
+
 /// One decoder layer. 128 bytes.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -197,8 +200,9 @@ pub struct LayerRecord {
     pub resident_first: U32,
     /// Number of those extents.
     pub resident_count: U32,
-    /// Zero.
-    pub reserved: [u8; 32],
+    /// Of a dense layer that was calibrated: entry `i` is how many of its units, the first ones, are among the most often
+    /// used `(i + 1) / 16` of the units of all dense layers; else 0.
+    pub hot: [U16; HOT_STEPS],
 }
 
 /// What a resident tensor is.
