@@ -139,8 +139,8 @@ fn hot_units_that_cannot_be_are_refused() {
             image[at(layer, step)] = (5 * (step + 1) / HOT_STEPS) as u8;
         }
     };
-    type Change = dyn Fn(&mut [u8]);
-    let outcome = |change: &Change| {
+    type Change<'c> = dyn Fn(&mut [u8]) + 'c;
+    let outcome = |change: &Change<'_>| {
         let mut other = image.clone();
         good(&mut other);
         change(&mut other);
@@ -148,7 +148,7 @@ fn hot_units_that_cannot_be_are_refused() {
         run(&other, &Setup::default(), &TOKENS).map_err(|error| error.to_string())
     };
     assert!(outcome(&|_| ()).is_ok());
-    let broken: [(&str, &Change); 5] = [
+    let broken: [(&str, &Change<'_>); 5] = [
         ("layer 1: hot is 6", &|image| image[at(1, HOT_STEPS - 1)] = 6),
         ("layer 1: hot is 5", &|image| image[at(1, 3)] = 5),
         ("layer 2: hot is 773", &|image| image[at(2, HOT_STEPS - 1) + 1] = 3),
