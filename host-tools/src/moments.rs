@@ -12,6 +12,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use forebay_kernels::exec::{Backend, Exec, Serial};
+use forebay_kernels::ops::add_scaled;
 use forebay_runtime::drive::Observer;
 use safetensors::tensor::{Dtype, Metadata, TensorView};
 use zerocopy::IntoBytes;
@@ -49,6 +51,7 @@ impl Sums {
     /// Adds `rows`, `[tokens][columns]`.
     fn add(&mut self, rows: &[f32]) {
         let (columns, block) = (self.columns, self.block);
+        let exec = Exec { backend: Backend::detect(), workers: &Serial };
         self.tokens += (rows.len() / columns) as u64;
         for strip in rows.chunks(STRIP * columns) {
             for (i, products) in self.products.chunks_exact_mut(block).enumerate() {
@@ -57,7 +60,7 @@ impl Sums {
                 for row in strip.chunks_exact(columns) {
                     let x = row[i];
                     let at = i % block;
-                    products[at..].iter_mut().zip(&row[i..last]).for_each(|(sum, y)| *sum += x * y);
+                    add_scaled(&exec, &mut products[at..at + last - i], &row[i..last], x);
                 }
             }
         }
@@ -274,7 +277,8 @@ pub(crate) fn factor(mut moments: Vec<f64>, n: usize) -> Feedback {
         // Nothing was ever seen here: all errors are equal.
         let mut moments = vec![0.0; n * n];
         (0..n).for_each(|i| moments[i * n + i] = 1.0);
-        return Feedback { importance: vec![1.0; n], coupling: vec![0.0; n * n], moments };
+        let spans = (0..n).map(|i| i..i + 1).collect();
+        return Feedback { importance: vec![1.0; n], coupling: vec![0.0; n * n], moments, spans };
     }
     let mut importance = vec![0.0f64; n];
     let mut coupling = vec![0.0f32; n * n];
@@ -282,6 +286,11 @@ pub(crate) fn factor(mut moments: Vec<f64>, n: usize) -> Feedback {
         moments[i * n + i] += DAMPING * mean;
     }
     let damped = moments.clone();
+    let spans = damped.chunks_exact(n).map(|row| {
+        let first = row.iter().position(|h| *h != 0.0).unwrap_or_default();
+        first..row.iter().rposition(|h| *h != 0.0).map_or(first, |last| last + 1)
+    });
+    let spans = spans.collect();
     let mut column = vec![0.0f64; n];
     for k in (0..n).rev() {
         let pivot = moments[k * n + k].max(DAMPING * mean);
@@ -299,7 +308,7 @@ pub(crate) fn factor(mut moments: Vec<f64>, n: usize) -> Feedback {
     }
     let mean = importance.iter().sum::<f64>() / n as f64;
     let scaled = |values: &[f64]| values.iter().map(|x| (x / mean) as f32).collect();
-    Feedback { importance: scaled(&importance), coupling, moments: scaled(&damped) }
+    Feedback { importance: scaled(&importance), coupling, moments: scaled(&damped), spans }
 }
 
 #[cfg(test)]

@@ -1,13 +1,19 @@
 //! Quantising whole rows for the error of their products.
 
-use core::iter;
+use core::ops::Range;
 
+use forebay_kernels::exec::{Backend, Exec, Serial};
+use forebay_kernels::ops::{add_scaled, dot};
 use half::f16;
 
-use super::{Grid, LANES, MAX_GROUP, MAX_PREFIXES, Prefix, Target, middle};
+use super::{Grid, MAX_GROUP, MAX_PREFIXES, Prefix, Target, middle};
 
-/// Rounds of coordinate descent.
-const SWEEPS: usize = 2;
+/// Rounds of coordinate descent at most.
+const SWEEPS: usize = 12;
+/// A new scale that takes less than this share of a row's mean error of a group away is not worth its sums.
+const WORTH: f32 = 1e-3;
+/// Codes of the widest grid.
+const CODES: usize = 16;
 
 /// What errors of a row's weights do to the row's products, as [`crate::moments`] knows it.
 ///
@@ -22,6 +28,8 @@ pub struct Feedback {
     pub coupling: Vec<f32>,
     /// H, `[columns][columns]`, on the same scale as D.
     pub moments: Vec<f32>,
+    /// For each column, where the first to the last column lie that it has moments with.
+    pub spans: Vec<Range<usize>>,
 }
 
 /// A row quantised with [`Feedback`]: where its codes, and the scale and minimum of each group go.
@@ -35,8 +43,7 @@ pub struct Row<'a> {
 }
 
 /// Quantises the row `x` in groups of `group`, each column making good for the errors of those before it, in the whole
-/// code and in every prefix by itself. `wanted` gets what each precision was to approximate once the columns before had
-/// their codes, `[1 + prefixes][columns]`.
+/// code and in every prefix by itself. `scratch` may be used again for the next row.
 ///
 /// All weights must be finite, and the grid have 1 to 4 bits. Returns `None` if a group is too large for a binary16 scale.
 pub fn quantise_row(
@@ -45,98 +52,191 @@ pub fn quantise_row(
     grid: Grid,
     prefixes: &[Prefix],
     group: usize,
-    wanted: &mut Vec<f32>,
+    scratch: &mut Vec<f32>,
     row: &mut Row<'_>,
 ) -> Option<()> {
-    let n = x.len();
-    let levels = iter::once(Prefix::WHOLE).chain(prefixes.iter().copied());
-    wanted.clear();
-    levels.clone().for_each(|_| wanted.extend_from_slice(x));
-    let top = grid.top() as u8;
-    for (g, from) in (0..n).step_by(group).enumerate() {
-        let columns = from..(from + group).min(n);
-        let mut of_prefix = [&x[..0]; MAX_PREFIXES];
-        let mut parts = wanted.chunks_exact(n).map(|part| &part[columns.clone()]);
-        let whole = parts.next()?;
-        of_prefix.iter_mut().zip(parts).for_each(|(of, part)| *of = part);
-        let importance = &feedback.importance[columns.clone()];
-        let target = Target { whole, importance, grid, prefixes, of_prefix };
-        let (scale, minimum) = target.quantise(&mut row.codes[columns.clone()])?;
-        (row.scales[g], row.minima[g]) = (scale, minimum);
-        for j in columns {
-            let value = |code: u8, level: &Prefix| level.gain * grid.prefix_weight(code, level.dropped, scale, minimum);
-            let mut best = (f32::INFINITY, 0);
-            for code in 0..=top {
-                let cost = levels.clone().enumerate().fold(0.0, |cost, (l, level)| {
-                    let e = value(code, &level) - wanted[l * n + j];
-                    cost + level.weight * e * e
-                });
-                if cost < best.0 {
-                    best = (cost, code);
-                }
-            }
-            row.codes[j] = best.1;
-            let coupling = &feedback.coupling[j * n..][..n];
-            for (wanted, level) in wanted.chunks_exact_mut(n).zip(levels.clone()) {
-                let error = x[j] - value(best.1, &level);
-                wanted[j + 1..].iter_mut().zip(&coupling[j + 1..]).for_each(|(w, m)| *w += error * m);
-            }
-        }
-    }
+    let mut levels = [Prefix::WHOLE; 1 + MAX_PREFIXES];
+    levels[1..=prefixes.len()].copy_from_slice(prefixes);
+    let exec = Exec { backend: Backend::detect(), workers: &Serial };
+    let problem = Problem { x, feedback, grid, levels: &levels[..=prefixes.len()], group, exec };
+    scratch.resize(problem.levels.len() * x.len(), 0.0);
+    problem.feed_forward(scratch, row)?;
+    problem.residues(scratch, row);
     for _ in 0..SWEEPS {
-        improve(x, feedback, grid, levels.clone(), group, wanted, row);
+        if !problem.improve(scratch, row) {
+            break;
+        }
     }
     Some(())
 }
 
-/// The value of the columns `columns` in one precision.
-fn value(grid: Grid, level: Prefix, group: usize, row: &Row<'_>, j: usize) -> f32 {
-    level.gain * grid.prefix_weight(row.codes[j], level.dropped, row.scales[j / group], row.minima[j / group])
+/// A row to be quantised.
+struct Problem<'a> {
+    x: &'a [f32],
+    feedback: &'a Feedback,
+    grid: Grid,
+    /// The whole code, then its prefixes.
+    levels: &'a [Prefix],
+    group: usize,
+    exec: Exec<'a>,
 }
 
-/// One round of coordinate descent on `e H e'`, summed over all precisions: each group's scale and minimum, then each of its
-/// codes, is set to what is best while everything else stays.
-fn improve(
-    x: &[f32],
-    feedback: &Feedback,
-    grid: Grid,
-    levels: impl Iterator<Item = Prefix> + Clone,
-    group: usize,
-    residues: &mut [f32],
-    row: &mut Row<'_>,
-) {
-    let n = x.len();
-    let h = |j: usize| &feedback.moments[j * n..][..n];
-    // H e', for every precision.
-    residues.fill(0.0);
-    for (r, level) in residues.chunks_exact_mut(n).zip(levels.clone()) {
-        for (j, x) in x.iter().enumerate() {
-            let e = x - value(grid, level, group, row, j);
-            r.iter_mut().zip(h(j)).for_each(|(r, h)| *r += e * h);
+/// What every code stands for in every precision; those that the grid has not are as its last one.
+type Values = [[f32; CODES]; 1 + MAX_PREFIXES];
+
+impl Problem<'_> {
+    fn groups(&self) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
+        let (n, group) = (self.x.len(), self.group);
+        (0..n).step_by(group).map(move |from| from..(from + group).min(n)).enumerate()
+    }
+
+    fn values(&self, scale: f16, minimum: f16) -> Values {
+        let (scale, minimum) = (scale.to_f32(), minimum.to_f32());
+        let (zero, top) = (f32::from(self.grid.zero_x2) / 2.0, self.grid.top());
+        let mut values = [[0.0; CODES]; 1 + MAX_PREFIXES];
+        for (values, level) in values.iter_mut().zip(self.levels) {
+            for (code, value) in values.iter_mut().enumerate() {
+                let code = (code as f32).min(top);
+                *value = level.gain * (scale * (middle(code, level.dropped) - zero) + minimum);
+            }
+        }
+        values
+    }
+
+    /// The code with the least cost below that of `start`, if there is one.
+    fn cheapest(&self, costs: &[f32; CODES], start: (f32, u8)) -> u8 {
+        let mut best = start;
+        for (code, cost) in (0..=self.grid.top() as u8).zip(costs) {
+            if *cost < best.0 {
+                best = (*cost, code);
+            }
+        }
+        best.1
+    }
+
+    /// Codes column by column, with what the columns before leave to make good for.
+    fn feed_forward(&self, wanted: &mut [f32], row: &mut Row<'_>) -> Option<()> {
+        let n = self.x.len();
+        wanted.chunks_exact_mut(n).for_each(|wanted| wanted.copy_from_slice(self.x));
+        for (g, columns) in self.groups() {
+            let mut of_prefix = [&self.x[..0]; MAX_PREFIXES];
+            let mut parts = wanted.chunks_exact(n).map(|part| &part[columns.clone()]);
+            let whole = parts.next()?;
+            of_prefix.iter_mut().zip(parts).for_each(|(of, part)| *of = part);
+            let importance = &self.feedback.importance[columns.clone()];
+            let target = Target { whole, importance, grid: self.grid, prefixes: &self.levels[1..], of_prefix };
+            let (scale, minimum) = target.quantise(&mut row.codes[columns.clone()])?;
+            (row.scales[g], row.minima[g]) = (scale, minimum);
+            let values = self.values(scale, minimum);
+            for j in columns {
+                let mut costs = [0.0; CODES];
+                for ((values, wanted), level) in values.iter().zip(wanted.chunks_exact(n)).zip(self.levels) {
+                    for (cost, value) in costs.iter_mut().zip(values) {
+                        let e = value - wanted[j];
+                        *cost += level.weight * e * e;
+                    }
+                }
+                let code = self.cheapest(&costs, (f32::INFINITY, 0));
+                row.codes[j] = code;
+                let after = j + 1..self.feedback.spans[j].end;
+                let coupling = &self.feedback.coupling[j * n..][after.clone()];
+                for (values, wanted) in values.iter().zip(wanted.chunks_exact_mut(n)) {
+                    let error = self.x[j] - values[usize::from(code)];
+                    add_scaled(&self.exec, &mut wanted[after.clone()], coupling, error);
+                }
+            }
+        }
+        Some(())
+    }
+
+    /// Adds `change` in column j to `H e'`.
+    fn shift(&self, residues: &mut [f32], j: usize, change: f32) {
+        let span = self.feedback.spans[j].clone();
+        let h = &self.feedback.moments[j * self.x.len()..][span.clone()];
+        add_scaled(&self.exec, &mut residues[span], h, change);
+    }
+
+    /// `H e'`, for every precision.
+    fn residues(&self, residues: &mut [f32], row: &Row<'_>) {
+        let n = self.x.len();
+        residues.fill(0.0);
+        for (g, columns) in self.groups() {
+            let values = self.values(row.scales[g], row.minima[g]);
+            for j in columns {
+                for (values, residues) in values.iter().zip(residues.chunks_exact_mut(n)) {
+                    self.shift(residues, j, self.x[j] - values[usize::from(row.codes[j])]);
+                }
+            }
         }
     }
-    let zero = f32::from(grid.zero_x2) / 2.0;
-    let top = grid.top() as u8;
-    for (g, from) in (0..n).step_by(group).enumerate() {
-        let columns = from..(from + group).min(n);
+
+    /// One round of coordinate descent on `e H e'`, summed over all precisions: each group's scale and minimum, then each
+    /// of its codes, is set to what is best while everything else stays. Returns whether a code has changed.
+    fn improve(&self, residues: &mut [f32], row: &mut Row<'_>) -> bool {
+        let n = self.x.len();
+        let worth = WORTH * self.error(residues, row) / n.div_ceil(self.group) as f32;
+        let mut changed = false;
+        for (g, columns) in self.groups() {
+            self.improve_scale(g, columns.clone(), worth, residues, row);
+            let values = self.values(row.scales[g], row.minima[g]);
+            for j in columns {
+                let (old, diagonal) = (usize::from(row.codes[j]), self.feedback.moments[j * n + j]);
+                let mut costs = [0.0; CODES];
+                for ((values, residues), level) in values.iter().zip(residues.chunks_exact(n)).zip(self.levels) {
+                    let (now, r) = (values[old], 2.0 * residues[j]);
+                    for (cost, value) in costs.iter_mut().zip(values) {
+                        let d = value - now;
+                        *cost += level.weight * d * (d * diagonal - r);
+                    }
+                }
+                let code = self.cheapest(&costs, (0.0, row.codes[j]));
+                if code != row.codes[j] {
+                    for (values, residues) in values.iter().zip(residues.chunks_exact_mut(n)) {
+                        self.shift(residues, j, values[old] - values[usize::from(code)]);
+                    }
+                    row.codes[j] = code;
+                    changed = true;
+                }
+            }
+        }
+        changed
+    }
+
+    /// `e H e'`, summed over all precisions.
+    fn error(&self, residues: &[f32], row: &Row<'_>) -> f32 {
+        let mut error = 0.0;
+        for (g, columns) in self.groups() {
+            let values = self.values(row.scales[g], row.minima[g]);
+            for ((values, residues), level) in values.iter().zip(residues.chunks_exact(self.x.len())).zip(self.levels) {
+                let of = |j: usize| (self.x[j] - values[usize::from(row.codes[j])]) * residues[j];
+                error += level.weight * columns.clone().map(of).sum::<f32>();
+            }
+        }
+        error
+    }
+
+    /// The scale and minimum of group g by least squares, for the codes that it has, if they take more than `worth` of the
+    /// error away.
+    fn improve_scale(&self, g: usize, columns: Range<usize>, worth: f32, residues: &mut [f32], row: &mut Row<'_>) {
+        let (n, grid) = (self.x.len(), self.grid);
         let len = columns.len();
-        // Least squares for the change of scale and minimum.
+        let zero = f32::from(grid.zero_x2) / 2.0;
+        let h = |j: usize| &self.feedback.moments[j * n..][columns.clone()];
+        let sums: f32 = columns.clone().map(|j| h(j).iter().sum::<f32>()).sum();
+        let mut units = [[0.0; MAX_GROUP]; 1 + MAX_PREFIXES];
         let (mut uu, mut uo, mut oo, mut ur, mut or) = (0.0, 0.0, 0.0, 0.0, 0.0);
-        for (r, level) in residues.chunks_exact(n).zip(levels.clone()) {
-            let mut unit = [0.0; MAX_GROUP];
+        for ((r, level), unit) in residues.chunks_exact(n).zip(self.levels).zip(&mut units) {
             for (u, code) in unit.iter_mut().zip(&row.codes[columns.clone()]) {
                 *u = level.gain * (middle(f32::from(*code), level.dropped) - zero);
             }
-            let unit = &unit[..len];
-            for (j, u) in columns.clone().zip(unit) {
-                let part = &h(j)[columns.clone()];
-                let hu = dot(part, unit);
+            for (j, u) in columns.clone().zip(&unit[..len]) {
+                let hu = dot(&self.exec, h(j), &unit[..len]);
                 uu += level.weight * u * hu;
                 uo += level.weight * level.gain * hu;
-                oo += level.weight * level.gain * level.gain * part.iter().sum::<f32>();
                 ur += level.weight * u * r[j];
                 or += level.weight * level.gain * r[j];
             }
+            oo += level.weight * level.gain * level.gain * sums;
         }
         let (old_scale, old_minimum) = (row.scales[g], row.minima[g]);
         let (ds, dm) = if grid.affine {
@@ -150,56 +250,21 @@ fn improve(
         let (scale, minimum) = (f16::from_f32(old_scale.to_f32() + ds), f16::from_f32(old_minimum.to_f32() + dm));
         let (ds, dm) = (scale.to_f32() - old_scale.to_f32(), minimum.to_f32() - old_minimum.to_f32());
         let change = ds * ds * uu + 2.0 * ds * dm * uo + dm * dm * oo - 2.0 * (ds * ur + dm * or);
-        if change < 0.0 {
-            for (r, level) in residues.chunks_exact_mut(n).zip(levels.clone()) {
-                for j in columns.clone() {
-                    let d = level.gain * (ds * (middle(f32::from(row.codes[j]), level.dropped) - zero) + dm);
-                    r.iter_mut().zip(h(j)).for_each(|(r, h)| *r -= d * h);
+        if change < -worth {
+            for ((r, level), unit) in residues.chunks_exact_mut(n).zip(self.levels).zip(&units) {
+                for (j, u) in columns.clone().zip(unit) {
+                    self.shift(r, j, -(ds * u + level.gain * dm));
                 }
             }
             (row.scales[g], row.minima[g]) = (scale, minimum);
         }
-        for j in columns {
-            let (scale, minimum) = (row.scales[g], row.minima[g]);
-            let value = |code, level: &Prefix| level.gain * grid.prefix_weight(code, level.dropped, scale, minimum);
-            let diagonal = h(j)[j];
-            let mut best = (0.0, row.codes[j]);
-            for code in 0..=top {
-                let cost = levels.clone().enumerate().fold(0.0, |cost, (l, level)| {
-                    let d = value(code, &level) - value(row.codes[j], &level);
-                    cost + level.weight * d * (d * diagonal - 2.0 * residues[l * n + j])
-                });
-                if cost < best.0 {
-                    best = (cost, code);
-                }
-            }
-            if best.1 != row.codes[j] {
-                for (r, level) in residues.chunks_exact_mut(n).zip(levels.clone()) {
-                    let d = value(best.1, &level) - value(row.codes[j], &level);
-                    r.iter_mut().zip(h(j)).for_each(|(r, h)| *r -= d * h);
-                }
-                row.codes[j] = best.1;
-            }
-        }
     }
-}
-
-/// Inner product, in lanes.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let (chunks_a, rest_a) = a.as_chunks::<LANES>();
-    let (chunks_b, rest_b) = b.as_chunks::<LANES>();
-    for (a, b) in chunks_a.iter().zip(chunks_b) {
-        for i in 0..LANES {
-            lanes[i] += a[i] * b[i];
-        }
-    }
-    let rest: f32 = rest_a.iter().zip(rest_b).map(|(a, b)| a * b).sum();
-    lanes.iter().sum::<f32>() + rest
 }
 
 #[cfg(test)]
 mod tests {
+    use core::iter;
+
     use super::*;
     use crate::moments::factor;
 
