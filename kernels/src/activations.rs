@@ -243,3 +243,19 @@ pub enum Input<'a> {
     /// For quantised encodings.
     Quant(Acts<'a>),
 }
+
+impl<'a> Input<'a> {
+    /// One of `tokens` tokens.
+    pub(crate) fn token(self, token: usize, tokens: usize) -> Self {
+        match self {
+            Self::F32(x) => {
+                let cols = x.len() / tokens;
+                Self::F32(&x[token * cols..(token + 1) * cols])
+            }
+            Self::Quant(acts) => {
+                let stride = acts.layout.stride;
+                Self::Quant(Acts { tokens: 1, data: &acts.data[token * stride..(token + 1) * stride], ..acts })
+            }
+        }
+    }
+}

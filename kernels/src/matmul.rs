@@ -3,6 +3,8 @@
 //! Workers own output rows, in contiguous ranges fixed by their number. Inside a worker a block of weights is
 //! multiplied with all tokens before the next block is touched, so that the weights stream once.
 
+use core::ops::Range;
+
 use crate::activations::Input;
 use crate::arch::split::{Columns, Split, run_parts};
 use crate::arch::{Float, Kernels};
@@ -37,6 +39,14 @@ pub(crate) fn parts(exec: &Exec<'_>, work: usize, units: usize) -> usize {
     }
 }
 
+/// Rows that one worker multiplies, or a multiple of them.
+fn row_unit(x: Input<'_>) -> usize {
+    match x {
+        Input::F32(_) => 1,
+        Input::Quant(_) => ROW_BLOCK,
+    }
+}
+
 /// Checks the operands of a product.
 fn check(w: &MatrixRef<'_>, x: Input<'_>, tokens: usize, out: &[f32]) {
     let shape = w.shape();
@@ -52,10 +62,17 @@ fn check(w: &MatrixRef<'_>, x: Input<'_>, tokens: usize, out: &[f32]) {
     }
 }
 
-/// Multiplies the rows of `w` that are the columns of the output.
-fn multiply(kernels: &dyn Kernels, w: &MatrixRef<'_>, x: Input<'_>, columns: &mut Columns<'_, f32>) {
+/// Multiplies `rows` of `w`, whose first row is column `base` of the output; `columns` are at least theirs.
+fn multiply(
+    kernels: &dyn Kernels,
+    w: &MatrixRef<'_>,
+    x: Input<'_>,
+    rows: Range<usize>,
+    base: usize,
+    columns: &mut Columns<'_, f32>,
+) {
     let shape = w.shape();
-    let range = columns.range();
+    let first_column = columns.range().start;
     match (shape.encoding.float(), x) {
         (Some(format), Input::F32(x)) => {
             let cols = shape.cols as usize;
@@ -63,22 +80,22 @@ fn multiply(kernels: &dyn Kernels, w: &MatrixRef<'_>, x: Input<'_>, columns: &mu
             if cols == 0 {
                 return;
             }
-            let data = &w.fields()[0][range.start * stride..range.end * stride];
-            for (block, rows) in data.chunks(FLOAT_ROWS * stride).enumerate() {
-                let at = block * FLOAT_ROWS;
-                let n = rows.len() / stride;
+            let data = &w.fields()[0][rows.start * stride..rows.end * stride];
+            for (block, data) in data.chunks(FLOAT_ROWS * stride).enumerate() {
+                let at = base + rows.start + block * FLOAT_ROWS - first_column;
+                let n = data.len() / stride;
                 for (token, x) in x.chunks_exact(cols).enumerate() {
                     let out = &mut columns.row(token)[at..at + n];
-                    kernels.dot_rows(format, rows, x, out);
+                    kernels.dot_rows(format, data, x, out);
                     apply_gain(w, out);
                 }
             }
         }
         (None, Input::Quant(acts)) => {
-            for first_row in range.clone().step_by(ROW_BLOCK) {
+            for first_row in rows.clone().step_by(ROW_BLOCK) {
                 let Some(block) = QuantBlock::new(w, first_row / ROW_BLOCK) else { return };
-                let at = first_row - range.start;
-                let n = ROW_BLOCK.min(range.end - first_row);
+                let at = base + first_row - first_column;
+                let n = ROW_BLOCK.min(rows.end - first_row);
                 let mut put = |token: usize, products: &[f32; ROW_BLOCK]| {
                     let out = &mut columns.row(token)[at..at + n];
                     out.copy_from_slice(&products[..n]);
@@ -164,6 +181,87 @@ pub fn matmul_add(exec: &Exec<'_>, w: &MatrixRef<'_>, x: Input<'_>, tokens: usiz
     });
 }
 
+/// Whether units with a gate of this shape can be multiplied together by [`matmul_gated_units`]: whole row blocks.
+pub const fn units_fit(shape: &MatrixShape) -> bool {
+    shape.act_spec().is_none() || (shape.rows as usize).is_multiple_of(ROW_BLOCK)
+}
+
+/// As [`matmul_gated`], of several units with the same input of one token and without biases, in one round of the
+/// workers. The outputs are both `[units][rows]`.
+///
+/// # Panics
+/// As [`matmul`], or if the matrices differ in rows or do not fit ([`units_fit`]).
+pub fn matmul_gated_units(
+    exec: &Exec<'_>,
+    activation: Activation,
+    units: &[[MatrixRef<'_>; 2]],
+    x: Input<'_>,
+    out: [&mut [f32]; 2],
+) {
+    let [gate, up] = out;
+    assert!(gate.len() == up.len(), "gate and up are both [units][rows]");
+    if gate.is_empty() || units.is_empty() {
+        return;
+    }
+    let (width, rows) = (gate.len(), gate.len() / units.len());
+    assert!(units.as_flattened().iter().all(|w| units_fit(&w.shape())), "units are whole row blocks");
+    let mut work = 0;
+    for (w, index) in units.as_flattened().iter().zip(0..) {
+        let out = if index % 2 == 0 { &mut *gate } else { &mut *up };
+        let out = &mut out[index / 2 * rows..][..rows];
+        check(w, x, 1, out);
+        work += rows * w.shape().cols as usize;
+        if w.shape().cols == 0 {
+            out.fill(0.0);
+        }
+    }
+    let unit = row_unit(x);
+    let parts = parts(exec, work, width / unit);
+    let (gates, ups) = (Split::new(gate, width, unit, parts), Split::new(up, width, unit, parts));
+    let kernels = exec.backend.kernels();
+    run_parts(exec, parts, &|part| {
+        let (Some(mut gate), Some(mut up)) = (gates.take(part), ups.take(part)) else { return };
+        let range = gate.range();
+        for (base, [gate_of, up_of]) in (0..).step_by(rows).zip(units) {
+            let its = range.start.max(base)..range.end.min(base + rows);
+            if !its.is_empty() {
+                multiply(kernels, gate_of, x, its.start - base..its.end - base, base, &mut gate);
+                multiply(kernels, up_of, x, its.start - base..its.end - base, base, &mut up);
+            }
+        }
+        gate_mul(exec, activation, gate.row(0), up.row(0));
+    });
+}
+
+/// `acc += w x` for one matrix after the other, in one round of the workers. `x` has a token for each of them; `acc`
+/// and `out`, which holds the last product, are `[rows]`.
+///
+/// # Panics
+/// As [`matmul`], or if `acc` and `out` differ in length.
+pub fn matmul_add_units(exec: &Exec<'_>, units: &[MatrixRef<'_>], x: Input<'_>, out: &mut [f32], acc: &mut [f32]) {
+    assert_eq!(acc.len(), out.len(), "acc is [rows]");
+    if out.is_empty() {
+        return;
+    }
+    let mut work = 0;
+    for (index, w) in units.iter().enumerate() {
+        check(w, x.token(index, units.len()), 1, out);
+        work += out.len() * w.shape().cols as usize;
+    }
+    out.fill(0.0);
+    let (rows, unit) = (out.len(), row_unit(x));
+    let parts = parts(exec, work, rows.div_ceil(unit));
+    let (outs, accs) = (Split::new(out, rows, unit, parts), Split::new(acc, rows, unit, parts));
+    let kernels = exec.backend.kernels();
+    run_parts(exec, parts, &|part| {
+        let (Some(mut out), Some(mut acc)) = (outs.take(part), accs.take(part)) else { return };
+        for (index, w) in units.iter().enumerate() {
+            multiply(kernels, w, x.token(index, units.len()), out.range(), 0, &mut out);
+            kernels.add(acc.row(0), out.row(0));
+        }
+    });
+}
+
 /// The columns of one part: of every product, and of what they are added to.
 type After<'f> = dyn Fn(&mut [Option<Columns<'_, f32>>; MAX_PRODUCTS], Option<&mut Columns<'_, f32>>) + Sync + 'f;
 
@@ -176,10 +274,7 @@ fn round(
     acc: Option<&mut [f32]>,
     after: &After<'_>,
 ) {
-    let unit = match x {
-        Input::F32(_) => 1,
-        Input::Quant(_) => ROW_BLOCK,
-    };
+    let unit = row_unit(x);
     let (mut work, mut units) = (0, 0);
     for (w, out) in products.iter() {
         check(w, x, tokens, out);
@@ -208,7 +303,7 @@ fn round(
             let Some((w, split)) = split else { continue };
             *columns = split.take(part);
             if let Some(columns) = columns {
-                multiply(kernels, w, x, columns);
+                multiply(kernels, w, x, columns.range(), 0, columns);
             }
         }
         after(&mut columns, acc.as_ref().and_then(|acc| acc.take(part)).as_mut());

@@ -88,7 +88,7 @@ pub fn advance<'a, S: BlockStore<'a>>(
                 }
             }
             Step::Computed => {
-                if let Some((layer, unit, activations)) = engine.activations() {
+                for (layer, unit, activations) in engine.activations() {
                     observer.unit(layer, unit, activations);
                 }
             }

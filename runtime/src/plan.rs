@@ -15,6 +15,9 @@ use crate::pool::Slot;
 /// Fewest units that the pool must hold: one to compute while the next is read.
 pub const MIN_UNITS: usize = 2;
 
+/// Most units of a dense layer that are computed together for a single token.
+pub(crate) const TOGETHER: usize = 8;
+
 /// Most tokens of a batch: beyond this nothing is gained, and every buffer's size fits 32 bits.
 pub const MAX_BATCH: usize = 1 << 12;
 
@@ -140,19 +143,25 @@ impl Working {
                 Operator::Attention => {
                     let (q, kv) = (layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim);
                     let kv_shape = kv_shape(&layer, limits.context);
-                    w.attention = w.attention.max(attention_scratch(&kv_shape, layer.heads, limits.workers));
+                    let scratch = attention_scratch(&kv_shape, layer.heads, batch, limits.workers);
+                    w.attention = w.attention.max(scratch);
                     (q + 2 * kv, q)
                 }
                 Operator::ShortConv => (3 * hidden, hidden),
             };
             w.operator = w.operator.max(batch * operator);
             w.mixed = w.mixed.max(batch * mixed);
-            w.gate = w.gate.max(batch * layer.unit_width);
-            w.up = w.up.max(batch * layer.unit_width);
+            // A batch of one unit, or some units of one token.
+            let rows = match layer.router {
+                Router::All => batch.max(layer.units.min(TOGETHER)),
+                _ => batch,
+            };
+            w.gate = w.gate.max(rows * layer.unit_width);
+            w.up = w.up.max(rows * layer.unit_width);
             w.needs = w.needs.max(layer.units);
             let inputs = act_bytes(&layer.unit.gate, batch).max(act_bytes(&layer.unit.up, batch));
             w.act_bytes = w.act_bytes.max(inputs);
-            w.unit_act_bytes = w.unit_act_bytes.max(act_bytes(&layer.unit.down, batch));
+            w.unit_act_bytes = w.unit_act_bytes.max(act_bytes(&layer.unit.down, rows));
             if model.predicts(index as u16) {
                 w.scores = w.scores.max(batch * layer.units);
             }

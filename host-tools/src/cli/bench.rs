@@ -23,6 +23,9 @@ pub struct BenchArgs {
     /// Tokens of the generation test; 0 leaves it out
     #[arg(short = 'n', long = "gen", value_name = "N", default_value = "128")]
     generation: usize,
+    /// Tokens that stand in the context before each test, which are not counted
+    #[arg(short = 'd', long, value_name = "N", default_value = "0")]
+    depth: usize,
     /// Times that each test is run, after one run that is not counted
     #[arg(short, long, value_name = "N", default_value = "5", value_parser = positive)]
     repetitions: usize,
@@ -48,7 +51,7 @@ struct Row {
     backend: &'static str,
     threads: usize,
     store: String,
-    /// `pp` or `tg` and the number of tokens, as llama-bench has it.
+    /// `pp` or `tg` and the number of tokens, and the depth if there is one, as llama-bench has it.
     test: String,
     tok_s_median: f64,
     tok_s_min: f64,
@@ -56,7 +59,7 @@ struct Row {
     bytes_read_per_token: f64,
     stall_share: f64,
     policy: PolicyReport,
-    /// Of the runs that are counted.
+    /// Of the runs that are counted, with what stands before them.
     cache: Accounting,
 }
 
@@ -70,14 +73,27 @@ fn ids(count: usize, vocab: usize) -> Vec<u32> {
     (0..count).map(|_| next()).collect()
 }
 
-/// Feeds `tokens` as a new sequence, `step` at a time.
-fn pass(session: &mut Session<'_, '_>, tokens: &[u32], step: usize) -> Result<Duration> {
+/// What one run of a test took.
+struct Pass {
+    time: Duration,
+    stalled: Duration,
+    /// Bytes of units read.
+    bytes: u64,
+}
+
+/// Feeds `before` as a new sequence, then `tokens`, `step` at a time, which are what is measured.
+fn pass(session: &mut Session<'_, '_>, before: &[u32], tokens: &[u32], step: usize) -> Result<Pass> {
     session.reset()?;
+    if !before.is_empty() {
+        session.feed(before, Output::None, |_, _| ())?;
+    }
+    let (stalled, bytes) = (session.stalled(), session.engine.stats().unit_bytes);
     let start = Instant::now();
     for chunk in tokens.chunks(step) {
         session.feed(chunk, Output::Last, |_, _| ())?;
     }
-    Ok(start.elapsed())
+    let time = start.elapsed();
+    Ok(Pass { time, stalled: session.stalled() - stalled, bytes: session.engine.stats().unit_bytes - bytes })
 }
 
 pub fn main(args: &BenchArgs) -> Result<()> {
@@ -91,16 +107,17 @@ pub fn main(args: &BenchArgs) -> Result<()> {
     let threads = args.machine.threads();
     let (setup, vocab, name) = found.file.probe(|image, _| {
         let model = image.model();
-        let context = args.prompt.max(args.generation);
+        let context = args.depth + args.prompt.max(args.generation);
         ensure!(
             context <= model.context(),
-            "{context} tokens are longer than the model's context of {}; give fewer with -p and -n",
+            "{context} tokens are longer than the model's context of {}; give fewer with -p, -n and -d",
             model.context()
         );
         let record = model.record();
         let name = format!("{} {}", label(&record.name), label(&record.weights_label));
         let extra = Extra::default();
-        let wanted = Wanted { context, batch: args.prompt.max(1), logit_rows: 1, extra, with_tokenizer: false };
+        let batch = args.prompt.max(args.depth).max(1);
+        let wanted = Wanted { context, batch, logit_rows: 1, extra, with_tokenizer: false };
         let setup = args.machine.setup(&found, image, backend, wanted)?;
         Ok((setup, model.vocab(), name))
     })?;
@@ -114,13 +131,17 @@ pub fn main(args: &BenchArgs) -> Result<()> {
     let policy = PolicyReport::new(&setup);
     session::run(&found.file, setup, |session| {
         for (kind, count, step) in tests.into_iter().filter(|(_, count, _)| *count > 0) {
-            let tokens = ids(count, vocab);
-            pass(session, &tokens, step)?;
-            let (counts, stalled) = (Counts::of(&session.engine), session.stalled());
-            let times = (0..args.repetitions).map(|_| pass(session, &tokens, step)).collect::<Result<Vec<_>>>()?;
-            let total: Duration = times.iter().sum();
-            let mut rates: Vec<f64> = times.iter().map(|t| count as f64 / t.as_secs_f64()).collect();
+            let tokens = ids(args.depth + count, vocab);
+            let (before, tokens) = tokens.split_at(args.depth);
+            pass(session, before, tokens, step)?;
+            let counts = Counts::of(&session.engine);
+            let passes =
+                (0..args.repetitions).map(|_| pass(session, before, tokens, step)).collect::<Result<Vec<_>>>()?;
+            let seconds = |of: fn(&Pass) -> Duration| passes.iter().map(of).sum::<Duration>().as_secs_f64();
+            let bytes: u64 = passes.iter().map(|pass| pass.bytes).sum();
+            let mut rates: Vec<f64> = passes.iter().map(|pass| count as f64 / pass.time.as_secs_f64()).collect();
             rates.sort_by(f64::total_cmp);
+            let depth = if args.depth > 0 { format!(" @ d{}", args.depth) } else { String::new() };
             let cache = Counts::of(&session.engine).since(&counts);
             let row = Row {
                 model: name.clone(),
@@ -130,12 +151,12 @@ pub fn main(args: &BenchArgs) -> Result<()> {
                 backend: session.backend(),
                 threads,
                 store: session.store_name.clone(),
-                test: format!("{kind}{count}"),
+                test: format!("{kind}{count}{depth}"),
                 tok_s_median: rates[rates.len() / 2],
                 tok_s_min: rates[0],
                 tok_s_max: rates[rates.len() - 1],
-                bytes_read_per_token: cache.bytes_per_token(),
-                stall_share: (session.stalled() - stalled).as_secs_f64() / total.as_secs_f64(),
+                bytes_read_per_token: bytes as f64 / (count * args.repetitions) as f64,
+                stall_share: seconds(|pass| pass.stalled) / seconds(|pass| pass.time),
                 policy: policy.clone(),
                 cache,
             };

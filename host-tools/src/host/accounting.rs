@@ -181,11 +181,6 @@ impl Counts {
 }
 
 impl Accounting {
-    /// Bytes of units read for a token.
-    pub fn bytes_per_token(&self) -> f64 {
-        self.bytes_per_token
-    }
-
     /// Share of uses that found everything in the pool.
     pub fn hit_rate(&self) -> f64 {
         self.hit_rate

@@ -1,7 +1,7 @@
 //! What is measured: every operator on data of its own, as a closure that runs it once.
 
 use forebay_kernels::activations::{ActSpec, Input, quantise};
-use forebay_kernels::attention::{KvFormat, KvShape, attention, attention_scratch, kv_store};
+use forebay_kernels::attention::{KvFormat, KvShape, attention, attention_scratch, store_keys, store_values};
 use forebay_kernels::exec::{Backend, Exec, Serial};
 use forebay_kernels::matmul::matmul;
 use forebay_kernels::ops;
@@ -88,13 +88,13 @@ fn attending(positions: usize, tokens: usize) -> Case {
     let rows = numbers(positions * 3 * 64);
     let exec = exec();
     for (pos, x) in rows.chunks_exact(3 * 64).enumerate() {
-        kv_store(&exec, format, &shape, &mut k, pos, x);
-        kv_store(&exec, format, &shape, &mut v, positions - 1 - pos, x);
+        store_keys(&exec, format, &shape, &mut k, pos, x);
+        store_values(&exec, format, &shape, &mut v, positions - 1 - pos, x);
     }
     let bytes = [&k[..], &v].concat();
     let q = numbers(tokens * heads * 64);
     let mut out = vec![0.0; q.len()];
-    let mut scratch = vec![0.0; attention_scratch(&shape, heads, 1)];
+    let mut scratch = vec![0.0; attention_scratch(&shape, heads, tokens, 1)];
     let run = move || {
         let first = positions - tokens;
         let (k, v) = (black_box(&k), black_box(&v));

@@ -20,7 +20,7 @@ mod x86_64;
 
 use crate::activations::{ActSpec, Acts, TokenMut};
 use crate::reference::quant::QuantBlock;
-use crate::reference::{float, kv8, math, quant};
+use crate::reference::{attention, float, kv8, math, quant};
 use crate::weights::ROW_BLOCK;
 
 /// Most tokens that one call of [`Kernels::quant_tile`] multiplies.
@@ -75,17 +75,27 @@ pub(crate) trait Kernels: Sync {
     fn dot_rows(&self, format: Float, rows: &[u8], x: &[f32], out: &mut [f32]) {
         float::dot_rows(format, rows, x, out);
     }
-    /// `out` = sum over rows of `weights[row] * row`.
-    fn weighted_sum(&self, format: Float, rows: &[u8], weights: &[f32], out: &mut [f32]) {
-        float::weighted_sum(format, rows, weights, out);
+    /// Converts stored elements, as many as `out` has.
+    fn widen(&self, format: Float, stored: &[u8], out: &mut [f32]) {
+        format.to_f32(stored, out);
     }
-    /// As `dot_rows`, of rows of 8-bit keys.
-    fn dot_rows_q8(&self, rows: &[u8], x: &[f32], out: &mut [f32]) {
-        kv8::dot_rows(rows, x, out);
+    /// Converts a block of 8-bit keys to `[dim][POSITIONS]`.
+    fn widen_keys_q8(&self, block: &[u8], out: &mut [f32]) {
+        kv8::widen_keys(block, out);
     }
-    /// As `weighted_sum`, of rows of 8-bit values.
-    fn weighted_sum_q8(&self, rows: &[u8], weights: &[f32], out: &mut [f32]) {
-        kv8::weighted_sum(rows, weights, out);
+    /// Converts rows of 8-bit values of `dim` elements.
+    fn widen_values_q8(&self, rows: &[u8], dim: usize, out: &mut [f32]) {
+        kv8::widen_values(rows, dim, out);
+    }
+    /// `scores[h * stride + j]` = inner product of query `h` with the key of position `j`, times `scale`. `keys` is
+    /// `[dim][POSITIONS]`, `q` `[heads][dim]`; both are lent for a group of heads that share their keys.
+    fn scores(&self, keys: &[f32], q: &[f32], scale: f32, scores: &mut [f32], stride: usize) {
+        attention::scores(keys, q, scale, scores, stride);
+    }
+    /// `out[h] += weights[h * stride + j] * values[j]`, position after position. `values` is `[positions][dim]`, `out`
+    /// `[heads][dim]`.
+    fn mix(&self, values: &[f32], dim: usize, weights: &[f32], stride: usize, out: &mut [f32]) {
+        attention::mix(values, dim, weights, stride, out);
     }
     /// Rounds to binary16, nearest even; `out` is two bytes an element.
     fn store_f16(&self, x: &[f32], out: &mut [u8]) {

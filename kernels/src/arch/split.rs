@@ -58,6 +58,12 @@ impl<T> Columns<'_, T> {
         self.range.clone()
     }
 
+    /// `len` elements from the output's element `at` on, which are columns of one row.
+    pub fn at(&mut self, at: usize, len: usize) -> &mut [T] {
+        let start = at % self.width - self.range.start;
+        &mut self.row(at / self.width)[start..start + len]
+    }
+
     /// The columns of row `row`.
     pub fn row(&mut self, row: usize) -> &mut [T] {
         assert!(row < self.rows, "row out of range");

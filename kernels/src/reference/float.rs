@@ -155,16 +155,6 @@ fn dot_element<E: Element>(row: &[u8], x: &[f32]) -> f32 {
     fold(p)
 }
 
-#[inline(always)]
-fn weighted_sum_element<E: Element>(rows: &[u8], weights: &[f32], out: &mut [f32]) {
-    out.fill(0.0);
-    for (row, w) in rows.chunks_exact(out.len() * E::BYTES).zip(weights) {
-        for (i, o) in out.iter_mut().enumerate() {
-            *o += w * E::load(row, i);
-        }
-    }
-}
-
 /// `out[i]` = inner product of stored row `i` with `x`.
 #[inline(always)]
 pub(crate) fn dot_rows(format: Float, rows: &[u8], x: &[f32], out: &mut [f32]) {
@@ -175,15 +165,5 @@ pub(crate) fn dot_rows(format: Float, rows: &[u8], x: &[f32], out: &mut [f32]) {
     };
     for (row, out) in rows.chunks_exact(x.len() * format.bytes()).zip(out) {
         *out = dot(row, x);
-    }
-}
-
-/// `out` = sum over rows, in increasing order, of `weights[row] * row`.
-#[inline(always)]
-pub(crate) fn weighted_sum(format: Float, rows: &[u8], weights: &[f32], out: &mut [f32]) {
-    match format {
-        Float::F32 => weighted_sum_element::<F32>(rows, weights, out),
-        Float::F16 => weighted_sum_element::<F16>(rows, weights, out),
-        Float::Bf16 => weighted_sum_element::<Bf16>(rows, weights, out),
     }
 }

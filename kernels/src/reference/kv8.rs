@@ -1,7 +1,8 @@
 //! Keys and values of 8 bits. A row holds a signed code an element, then a binary16 scale for every 32 of them; an
-//! element is code times scale, which binary32 holds exactly, so that all sums are those of [`super::float`].
+//! element is code times scale, which binary32 holds exactly, so that all sums are those of [`super::attention`].
 
-use super::float::{PARTIALS, f16_to_f32, fold};
+use super::attention::POSITIONS;
+use super::float::f16_to_f32;
 use super::math::round;
 
 /// Elements per scale.
@@ -10,13 +11,6 @@ pub(crate) const GROUP: usize = 32;
 /// Bytes of a row of `dim` elements.
 pub(crate) const fn row_bytes(dim: usize) -> usize {
     dim + 2 * dim.div_ceil(GROUP)
-}
-
-/// The codes and the scales of a row of `dim` elements.
-#[inline(always)]
-pub(crate) fn parts(row: &[u8], dim: usize) -> (&[u8], &[[u8; 2]]) {
-    let (codes, scales) = row.split_at(dim);
-    (codes, scales.as_chunks().0)
 }
 
 /// Stores a row.
@@ -38,31 +32,35 @@ pub(crate) fn store(x: &[f32], row: &mut [u8]) {
     }
 }
 
-/// Element `i` of a row.
+/// Converts a block of keys: codes `[dim][POSITIONS]`, then scales `[groups][POSITIONS]`.
 #[inline(always)]
-fn load(codes: &[u8], scales: &[[u8; 2]], i: usize) -> f32 {
-    f32::from(codes[i] as i8) * f16_to_f32(u16::from_le_bytes(scales[i / GROUP]))
-}
-
-/// `out[i]` = inner product of stored row `i` with `x`.
-pub(crate) fn dot_rows(rows: &[u8], x: &[f32], out: &mut [f32]) {
-    for (row, out) in rows.chunks_exact(row_bytes(x.len())).zip(out) {
-        let (codes, scales) = parts(row, x.len());
-        let mut p = [0.0; PARTIALS];
-        for (i, x) in x.iter().enumerate() {
-            p[i % PARTIALS] += x * load(codes, scales, i);
+pub(crate) fn widen_keys(block: &[u8], out: &mut [f32]) {
+    let (codes, scales) = block.split_at(out.len());
+    let groups = codes.chunks(GROUP * POSITIONS).zip(out.chunks_mut(GROUP * POSITIONS));
+    for ((codes, out), stored) in groups.zip(scales.as_chunks::<{ 2 * POSITIONS }>().0) {
+        let mut scales = [0.0; POSITIONS];
+        for (scale, stored) in scales.iter_mut().zip(stored.as_chunks().0) {
+            *scale = f16_to_f32(u16::from_le_bytes(*stored));
         }
-        *out = fold(p);
+        for (codes, out) in codes.as_chunks::<POSITIONS>().0.iter().zip(out.as_chunks_mut::<POSITIONS>().0) {
+            for ((out, code), scale) in out.iter_mut().zip(codes).zip(&scales) {
+                *out = f32::from(*code as i8) * scale;
+            }
+        }
     }
 }
 
-/// `out` = sum over rows, in increasing order, of `weights[row] * row`.
-pub(crate) fn weighted_sum(rows: &[u8], weights: &[f32], out: &mut [f32]) {
-    out.fill(0.0);
-    for (row, w) in rows.chunks_exact(row_bytes(out.len())).zip(weights) {
-        let (codes, scales) = parts(row, out.len());
-        for (i, o) in out.iter_mut().enumerate() {
-            *o += w * load(codes, scales, i);
+/// Converts the rows of values of some positions, `dim` elements each.
+#[inline(always)]
+pub(crate) fn widen_values(rows: &[u8], dim: usize, out: &mut [f32]) {
+    for (row, out) in rows.chunks_exact(row_bytes(dim)).zip(out.chunks_exact_mut(dim)) {
+        let (codes, scales) = row.split_at(dim);
+        let groups = codes.chunks(GROUP).zip(out.chunks_mut(GROUP));
+        for ((codes, out), stored) in groups.zip(scales.as_chunks().0) {
+            let scale = f16_to_f32(u16::from_le_bytes(*stored));
+            for (out, code) in out.iter_mut().zip(codes) {
+                *out = f32::from(*code as i8) * scale;
+            }
         }
     }
 }

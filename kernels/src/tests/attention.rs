@@ -49,9 +49,10 @@ impl Case {
         let (mut keys, mut values) = (poison.clone(), poison);
         let mut stored = [Vec::new(), Vec::new()];
         for pos in 0..pos0 + tokens {
-            for (cache, stored) in [&mut keys, &mut values].into_iter().zip(&mut stored) {
-                let x = rng.normals(shape.kv_heads * shape.head_dim);
-                kv_store(&fastest(), format, &shape, cache, pos, &x);
+            let [k, v] = [(); 2].map(|()| rng.normals(shape.kv_heads * shape.head_dim));
+            store_keys(&fastest(), format, &shape, &mut keys, pos, &k);
+            store_values(&fastest(), format, &shape, &mut values, pos, &v);
+            for (x, stored) in [k, v].iter().zip(&mut stored) {
                 x.chunks(shape.head_dim).for_each(|x| stored.extend(kept(format, x)));
             }
         }
@@ -59,7 +60,7 @@ impl Case {
         Self { shape, format, heads, tokens, pos0, window, keys, values, stored, q }
     }
     fn run(&self, exec: &Exec<'_>) -> Vec<f32> {
-        let mut scratch = vec![f32::NAN; attention_scratch(&self.shape, self.heads, exec.workers.count())];
+        let mut scratch = vec![f32::NAN; attention_scratch(&self.shape, self.heads, self.tokens, exec.workers.count())];
         let mut out = vec![f32::NAN; self.q.len()];
         attention(
             exec,
@@ -136,15 +137,55 @@ fn long_contexts_split_over_workers() {
 }
 
 #[test]
+fn long_prompts_are_split_by_tokens() {
+    let mut rng = Rng::new(31);
+    for (kv_heads, group, tokens, window) in [(1, 3, 67, 0), (2, 1, 131, 0), (2, 20, 9, 0), (3, 4, 50, 21)] {
+        let shape = KvShape { kv_heads, head_dim: 32, capacity: tokens + 30 };
+        for format in FORMATS {
+            Case::new(&mut rng, shape, format, group, tokens, window).check();
+        }
+    }
+}
+
+/// Zeros of both signs, and values that overflow, in queries, keys and values.
+#[test]
+fn what_is_not_finite_stays_with_the_tokens_that_see_it() {
+    let mut rng = Rng::new(32);
+    let shape = KvShape { kv_heads: 2, head_dim: 64, capacity: 45 };
+    for format in FORMATS {
+        let mut case = Case::new(&mut rng, shape, format, 3, 6, 0);
+        for (i, q) in case.q.iter_mut().enumerate() {
+            *q = if i % 3 == 0 { -0.0 } else { 0.0 };
+        }
+        let zero = vec![0.0; 2 * 64];
+        let nasty: Vec<f32> = (0..2 * 64).map(|_| rng.nasty()).collect();
+        for pos in 0..case.pos0 + 6 {
+            store_keys(&fastest(), format, &shape, &mut case.keys, pos, &zero);
+        }
+        let last = case.pos0 + 5;
+        store_values(&fastest(), format, &shape, &mut case.values, last, &nasty);
+        let want = case.run(&Exec { backend: Backend::scalar(), workers: &Backwards(1) });
+        assert!(want[..5 * 6 * 64].iter().all(|x| x.is_finite()) && want[5 * 6 * 64..].iter().any(|x| !x.is_finite()));
+        executions(|exec| assert_same(&case.run(exec), &want, (exec, format)));
+        store_keys(&fastest(), format, &shape, &mut case.keys, last, &nasty);
+        case.q.fill_with(|| rng.nasty());
+        let want = case.run(&Exec { backend: Backend::scalar(), workers: &Backwards(1) });
+        executions(|exec| assert_same(&case.run(exec), &want, (exec, format)));
+    }
+}
+
+#[test]
 fn eight_bits_keep_a_head_or_say_that_it_is_not_finite() {
     let shape = KvShape { kv_heads: 1, head_dim: 40, capacity: 1 };
     let keep = |x: &[f32]| {
         let mut cache = vec![0x5a; shape.bytes(KvFormat::Q8)];
-        kv_store(&fastest(), KvFormat::Q8, &shape, &mut cache, 0, x);
-        let (mut scratch, mut out) = ([0.0; 16], vec![7.0; 40]);
+        store_values(&fastest(), KvFormat::Q8, &shape, &mut cache, 0, x);
+        let mut scratch = vec![0.0; attention_scratch(&shape, 1, 1, 1)];
+        let mut out = vec![7.0; 40];
         let exec = Exec { backend: Backend::scalar(), workers: &Backwards(1) };
         let q = [0.0; 40];
-        attention(&exec, KvFormat::Q8, &shape, &[0; 44], &cache, &q, 1, 1, 0, 0, 1.0, &mut scratch, &mut out);
+        let keys = vec![0; cache.len()];
+        attention(&exec, KvFormat::Q8, &shape, &keys, &cache, &q, 1, 1, 0, 0, 1.0, &mut scratch, &mut out);
         out
     };
     let x: Vec<f32> = (0..40).map(|i| (i as f32 - 11.0) * 0.37).collect();
@@ -165,5 +206,5 @@ fn eight_bits_keep_a_head_or_say_that_it_is_not_finite() {
 #[should_panic(expected = "outside the cache")]
 fn a_position_outside_the_cache_is_refused() {
     let shape = KvShape { kv_heads: 1, head_dim: 2, capacity: 3 };
-    kv_store(&fastest(), KvFormat::F16, &shape, &mut [0; 12], 3, &[0.0; 2]);
+    store_keys(&fastest(), KvFormat::F16, &shape, &mut vec![0; shape.bytes(KvFormat::F16)], 3, &[0.0; 2]);
 }

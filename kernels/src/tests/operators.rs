@@ -2,7 +2,7 @@
 
 use super::{Rng, assert_same, fastest};
 use crate::arch::{FORCED, Float, Kernels};
-use crate::attention::{KvFormat, KvShape, attention, kv_store};
+use crate::attention::{KvFormat, KvShape, attention, attention_scratch, store_keys, store_values};
 use crate::exec::{Backend, Exec, Serial};
 use crate::ops;
 
@@ -66,7 +66,13 @@ impl Kernels for Marked {
     fn dot_rows(&self, _: Float, _: &[u8], _: &[f32], out: &mut [f32]) {
         out.fill(MARK);
     }
-    fn weighted_sum(&self, _: Float, _: &[u8], _: &[f32], out: &mut [f32]) {
+    fn widen(&self, _: Float, _: &[u8], out: &mut [f32]) {
+        out.fill(MARK);
+    }
+    fn scores(&self, _: &[f32], _: &[f32], _: f32, scores: &mut [f32], _: usize) {
+        scores.fill(MARK);
+    }
+    fn mix(&self, _: &[f32], _: usize, _: &[f32], _: usize, out: &mut [f32]) {
         out.fill(MARK);
     }
     fn store_f16(&self, _: &[f32], out: &mut [u8]) {
@@ -112,10 +118,16 @@ fn operators_use_the_back_end_that_they_are_given() {
     marked(&|out| ops::add_scaled(exec, out, x, 2.0));
     marked(&|out| ops::scale(exec, out, 2.0));
     let shape = KvShape { kv_heads: 1, head_dim: 2, capacity: 1 };
-    let cache = &mut [0; 4];
-    kv_store(exec, KvFormat::F16, &shape, cache, 0, x);
-    assert_eq!(cache, &[42; 4]);
-    marked(&|out| attention(exec, KvFormat::F16, &shape, &[0; 4], &[0; 4], x, 1, 1, 0, 0, 1.0, &mut [0.0; 16], out));
+    let cache = &mut vec![0; shape.bytes(KvFormat::F16)];
+    store_values(exec, KvFormat::F16, &shape, cache, 0, x);
+    assert_eq!(cache[..4], [42; 4]);
+    cache.fill(0);
+    store_keys(exec, KvFormat::F16, &shape, cache, 0, x);
+    assert_eq!((&cache[..2], &cache[2..32], &cache[32..34]), (&[42; 2][..], &[0; 30][..], &[42; 2][..]));
+    let scratch = &mut vec![0.0; attention_scratch(&shape, 1, 1, 1)];
+    let cache = &vec![0; shape.bytes(KvFormat::F16)];
+    attention(exec, KvFormat::F16, &shape, cache, cache, x, 1, 1, 0, 0, 1.0, scratch, &mut [0.0; 2]);
+    assert!(scratch.iter().filter(|x| **x == MARK).count() >= 32 + 1);
 }
 
 /// A gate that is not above zero makes zero, of whatever; NaN shows.

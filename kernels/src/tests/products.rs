@@ -3,7 +3,9 @@
 use super::{Rng, assert_same, executions, fastest, nmse};
 use crate::activations::{Input, quantise};
 use crate::exec::{Backend, Exec, Serial};
-use crate::matmul::{matmul, matmul_add, matmul_all, matmul_gated, row_to_f32};
+use crate::matmul::{
+    matmul, matmul_add, matmul_add_units, matmul_all, matmul_gated, matmul_gated_units, row_to_f32, units_fit,
+};
 use crate::ops::{self, Activation};
 use crate::pack::{f16, pack_row_block, unpack_row};
 use crate::weights::*;
@@ -555,5 +557,78 @@ fn fused_products_give_the_bits_of_their_steps() {
                 assert_same(c, &sum, (exec, "added", rows, cols, tokens));
             });
         }
+    }
+}
+
+#[test]
+fn units_together_give_the_bits_of_one_after_another() {
+    let mut rng = Rng::new(33);
+    let one = fastest();
+    let quant = |fields| Quant { fields: Fields::new(fields).unwrap(), group: Group::G32, affine: true, zero_x2: 0 };
+    for (fields, width, hidden, count, activation) in [
+        (Some([4, 0, 0, 0]), 256, 576, 6, Activation::Silu),
+        (Some([1, 1, 0, 0]), 32, 200, 5, Activation::Silu),
+        (Some([2, 2, 0, 0]), 64, 40, 2, Activation::Relu),
+        (None, 200, 96, 3, Activation::Silu),
+        (None, 5, 31, 8, Activation::Relu),
+        (Some([4, 0, 0, 0]), 32, 0, 2, Activation::Silu),
+    ] {
+        let mut bytes_of = |rows: usize, cols: usize| match fields {
+            Some(fields) => {
+                let case = Case::new(&mut rng, quant(fields), rows, cols);
+                (case.shape, case.bytes)
+            }
+            None => {
+                let shape = MatrixShape { rows: rows as u32, cols: cols as u32, encoding: Encoding::F32 };
+                let mut bytes: Vec<u8> = (0..rows * cols).flat_map(|_| rng.normal().to_le_bytes()).collect();
+                bytes.resize(shape.bytes() as usize, 0);
+                (shape, bytes)
+            }
+        };
+        let stored: Vec<_> =
+            (0..count).map(|_| [bytes_of(width, hidden), bytes_of(width, hidden), bytes_of(hidden, width)]).collect();
+        let units: Vec<[MatrixRef<'_>; 3]> = stored
+            .iter()
+            .map(|unit| unit.each_ref().map(|(shape, bytes)| MatrixRef::from_contiguous(*shape, bytes).unwrap()))
+            .collect();
+        let gated: Vec<_> = units.iter().map(|[gate, up, _]| [*gate, *up]).collect();
+        let downs: Vec<_> = units.iter().map(|[.., down]| *down).collect();
+        assert!(units_fit(&gated[0][0].shape()));
+        let (x, start) = (rng.normals(hidden), rng.normals(hidden));
+        let mut scratch = vec![0; 64 * (hidden + 256)];
+        let mut scratch_of_units = vec![0; 64 * count * (width + 256)];
+        let input = match gated[0][0].shape().act_spec() {
+            Some(spec) => Input::Quant(quantise(&one, spec, &x, 1, hidden, &mut scratch)),
+            None => Input::F32(&x),
+        };
+        let mut activations = Vec::new();
+        for [gate, up, _] in &units {
+            let mut out = [vec![f32::NAN; width], vec![f32::NAN; width]];
+            let [a, b] = &mut out;
+            matmul_gated(&one, activation, [*gate, *up], [None; 2], input, 1, [a, b]);
+            activations.extend_from_slice(&out[0]);
+        }
+        let spec = downs[0].shape().act_spec();
+        let mut sum = start.clone();
+        for (down, x) in downs.iter().zip(activations.chunks(width)) {
+            let input = match spec {
+                Some(spec) => Input::Quant(quantise(&one, spec, x, 1, width, &mut scratch_of_units)),
+                None => Input::F32(x),
+            };
+            matmul_add(&one, down, input, 1, &mut vec![f32::NAN; hidden], &mut sum);
+        }
+        executions(|exec| {
+            let mut out = [vec![f32::NAN; count * width], vec![f32::NAN; count * width]];
+            let [gate, up] = &mut out;
+            matmul_gated_units(exec, activation, &gated, input, [gate, up]);
+            assert_same(gate, &activations, (exec, "gated", width, hidden));
+            let input = match spec {
+                Some(spec) => Input::Quant(quantise(exec, spec, gate, count, width, &mut scratch_of_units)),
+                None => Input::F32(gate),
+            };
+            let mut acc = start.clone();
+            matmul_add_units(exec, &downs, input, &mut vec![f32::NAN; hidden], &mut acc);
+            assert_same(&acc, &sum, (exec, "added", width, hidden));
+        });
     }
 }

@@ -55,13 +55,19 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// What the last step computed, if that was a unit: layer, unit, and what its down projection was applied to,
+    /// The units that the last step computed: layer, unit, and what its down projection was applied to,
     /// `[tokens that use the unit][unit width]`.
-    pub fn activations(&self) -> Option<(usize, usize, &[f32])> {
-        let Phase::Units(layer) = self.phase else { return None };
-        let (unit, tokens) = self.computed?;
-        let width = self.layer(layer).ok()?.shape.unit_width;
-        Some((layer, unit.into(), self.buffers.gate.get(..tokens * width)?))
+    pub fn activations(&self) -> impl Iterator<Item = (usize, usize, &[f32])> {
+        let (first, count, tokens) = self.computed;
+        let (layer, len) = match self.phase {
+            Phase::Units(layer) => (layer, tokens * self.layer(layer).map_or(0, |layer| layer.shape.unit_width)),
+            _ => (0, 0),
+        };
+        let units = self.buffers.needs.iter().skip(first).take(count).map(|need| usize::from(need.unit));
+        units
+            .zip(self.buffers.gate.chunks_exact(len.max(1)))
+            .filter(move |_| len > 0)
+            .map(move |(unit, x)| (layer, unit, x))
     }
 
     /// The present layer's feed-forward input and the residual stream that it was normed from, both `[tokens][hidden]`;

@@ -1,20 +1,24 @@
 //! What the engine computes at each step: the decoder's operators over a batch of tokens.
 
 use forebay_kernels::activations::{Input, quantise};
-use forebay_kernels::attention::{attention, kv_store};
+use forebay_kernels::attention::{attention, store_keys, store_values};
 use forebay_kernels::exec::Exec;
-use forebay_kernels::matmul::{matmul, matmul_add, matmul_all, matmul_gated, row_to_f32};
+use forebay_kernels::matmul::{
+    matmul, matmul_add, matmul_add_units, matmul_all, matmul_gated, matmul_gated_units, row_to_f32, units_fit,
+};
 use forebay_kernels::ops::{self, Activation};
 use forebay_kernels::weights::{MatrixRef, MatrixShape};
+use heapless::Vec;
 use zerocopy::FromBytes;
 
 use super::clusters::keeps;
 use super::{Engine, EngineError, LayerState, UnitNeed};
-use crate::model::Model;
 use crate::model::record::{NO_LAYER, Operator, Role, Router};
-use crate::model::unit::MAX_LEVELS;
-use crate::plan::kv_shape;
+use crate::model::unit::{MAX_LEVELS, UnitRef};
+use crate::model::{LayerShape, Model};
+use crate::plan::{TOGETHER, kv_shape};
 use crate::policy::Choice;
+use crate::pool::Pool;
 
 pub(super) const MISSING: EngineError = EngineError::LogicBug("a tensor that was validated is missing");
 
@@ -89,6 +93,30 @@ fn add_residual(exec: &Exec<'_>, residual: &mut [f32], output: &[f32], scale: f3
         1.0 => ops::add(exec, residual, output),
         _ => ops::add_scaled(exec, residual, output, scale),
     }
+}
+
+/// The matrices of a resident unit at a precision of `levels` levels. `mapped` is the unit, where the image is mapped;
+/// else it is in the pool, numbered `id` over all layers.
+fn unit_view<'p>(
+    pool: &'p Pool<'_>,
+    mapped: Option<&'p [u8]>,
+    (shape, page): (&LayerShape, u32),
+    id: u32,
+    levels: u8,
+) -> Result<UnitRef<'p>, EngineError> {
+    let missing = EngineError::LogicBug("a unit that is not resident");
+    let mut bytes: [&[u8]; MAX_LEVELS] = [&[]; MAX_LEVELS];
+    let pieces = pool.directory.pieces();
+    if pieces == 1 {
+        let whole = mapped.or_else(|| pool.get(id)).ok_or(missing)?;
+        bytes = shape.unit.split(levels.into(), page, whole).ok_or(missing)?;
+    } else {
+        for (level, bytes) in bytes.iter_mut().enumerate().take(levels.into()) {
+            *bytes = pool.get(id * pieces + level as u32).ok_or(missing)?;
+        }
+    }
+    let view = shape.unit.view(levels.into(), page, &bytes);
+    view.ok_or(EngineError::LogicBug("a unit shorter than its shape"))
 }
 
 impl<'a> Engine<'a> {
@@ -207,8 +235,8 @@ impl<'a> Engine<'a> {
         let layer = self.layers[index].as_mut().ok_or(MISSING)?;
         let width = shape.kv_heads * shape.head_dim;
         for t in 0..n {
-            kv_store(exec, format, &cache, layer.keys, position + t, &k[t * width..][..width]);
-            kv_store(exec, format, &cache, layer.values, position + t, &v[t * width..][..width]);
+            store_keys(exec, format, &cache, layer.keys, position + t, &k[t * width..][..width]);
+            store_values(exec, format, &cache, layer.values, position + t, &v[t * width..][..width]);
         }
         let mixed = &mut b.mixed[..q_len];
         attention(
@@ -250,25 +278,90 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// Computes one resident unit for the tokens that use it, each at its precision.
-    pub(super) fn unit(&mut self, exec: &Exec<'_>, index: usize, need: usize) -> Result<(), EngineError> {
+    /// Computes a resident unit and as many resident ones after it as can be computed together with it.
+    pub(super) fn units(&mut self, exec: &Exec<'_>, index: usize, need: usize) -> Result<(), EngineError> {
+        self.computed = match self.together(exec, index, need)? {
+            0 => (need, 1, self.unit(exec, index, need)?),
+            count => (need, count, 1),
+        };
+        Ok(())
+    }
+
+    /// Computes the units of a dense layer from `first` on for a single token, in two rounds of the workers instead of
+    /// two a unit: as many as are resident and the buffers hold. Returns how many; 0 where it takes another way.
+    fn together(&mut self, exec: &Exec<'_>, index: usize, first: usize) -> Result<usize, EngineError> {
+        let tensors = self.layer_tensors(index)?;
+        let (shape, base, full) = {
+            let layer: &LayerState<'_> = self.layer(index)?;
+            (layer.shape, layer.unit_base, layer.levels)
+        };
+        let (hidden, width) = (self.model.hidden(), shape.unit_width);
+        let biased = [Role::GateBias, Role::UpBias].iter().any(|role| tensors.optional(*role).is_some());
+        let alike = shape.unit.gate.act_spec() == shape.unit.up.act_spec() && units_fit(&shape.unit.gate);
+        if self.count != 1 || shape.router != Router::All || biased || !alike {
+            return Ok(0);
+        }
+        let fits = |count: usize| {
+            let acts = shape.unit.down.act_spec().map_or(0, |spec| spec.bytes(width, count));
+            count * width <= self.buffers.gate.len() && acts <= self.buffers.unit_acts.len()
+        };
+        let mut gated: Vec<_, TOGETHER> = Vec::new();
+        let mut downs: Vec<_, TOGETHER> = Vec::new();
+        for need in &self.buffers.needs[first..self.need_count] {
+            let id = base + u32::from(need.unit);
+            let ready = self.levels_held(index, id).0 >= need.levels && need.levels == full && !need.done;
+            if !ready || !fits(gated.len() + 1) {
+                break;
+            }
+            let mapped = self.mapped_unit(index, need.unit, full);
+            let view = unit_view(&self.pool, mapped, (&shape, self.model.page()), id, full)?;
+            if gated.push([view.gate, view.up]).is_err() || downs.push(view.down).is_err() {
+                break;
+            }
+        }
+        let count = gated.len();
+        if count < 2 {
+            return Ok(0);
+        }
+        let b = &mut self.buffers;
+        let x = self::input(exec, shape.unit.gate, &b.normed[..hidden], 1, b.acts);
+        let (gate, up) = (&mut b.gate[..count * width], &mut b.up[..count * width]);
+        matmul_gated_units(exec, shape.activation, &gated, x, [&mut *gate, up]);
+        if shape.activation == Activation::Relu {
+            self.stats.count_live(gate, width);
+        }
+        let x = self::input(exec, shape.unit.down, gate, count, b.unit_acts);
+        matmul_add_units(exec, &downs, x, &mut b.gathered[..hidden], &mut b.output[..hidden]);
+        drop((gated, downs));
+        let pieces = self.pool.directory.pieces();
+        let used = if pieces == 1 { 1 } else { u32::from(full) };
+        for need in &mut self.buffers.needs[first..first + count] {
+            self.pool.directory.touch(base + u32::from(need.unit), used, true);
+            need.done = true;
+        }
+        Ok(count)
+    }
+
+    /// Computes one resident unit for the tokens that use it, each at its precision. Returns for how many the last was.
+    fn unit(&mut self, exec: &Exec<'_>, index: usize, need: usize) -> Result<usize, EngineError> {
         let UnitNeed { unit, levels, .. } = self.buffers.needs[need];
         let layer: &LayerState<'_> = self.layer(index)?;
         let (dense, full, id) = (layer.shape.router == Router::All, layer.levels, layer.unit_base + u32::from(unit));
         let pieces = self.pool.directory.pieces();
         let used = if pieces == 1 { 1 } else { u32::from(levels) };
         self.pool.directory.touch(id, used, levels == full);
+        let mut computed = 0;
         for precision in 1..=levels {
             if !dense || precision == full {
-                self.unit_at(exec, index, unit, precision)?;
+                computed = self.unit_at(exec, index, unit, precision)?.unwrap_or(computed);
             }
         }
         self.buffers.needs[need].done = true;
-        Ok(())
+        Ok(computed)
     }
 
-    /// Computes a unit for the tokens that use it with `levels` levels.
-    fn unit_at(&mut self, exec: &Exec<'_>, index: usize, unit: u16, levels: u8) -> Result<(), EngineError> {
+    /// Computes a unit for the tokens that use it with `levels` levels. Returns how many they are, if there are any.
+    fn unit_at(&mut self, exec: &Exec<'_>, index: usize, unit: u16, levels: u8) -> Result<Option<usize>, EngineError> {
         let tensors = self.layer_tensors(index)?;
         let (shape, id, sparse) = {
             let layer: &LayerState<'_> = self.layer(index)?;
@@ -288,21 +381,9 @@ impl<'a> Engine<'a> {
             _ => (0..chosen.len()).filter(|at| uses(*at)).count(),
         };
         if tokens == 0 {
-            return Ok(());
+            return Ok(None);
         }
-        let missing = EngineError::LogicBug("a unit that is not resident");
-        let mut bytes: [&[u8]; MAX_LEVELS] = [&[]; MAX_LEVELS];
-        let (page, pieces) = (self.model.page(), self.pool.directory.pieces());
-        if pieces == 1 {
-            let whole = mapped.or_else(|| self.pool.get(id)).ok_or(missing)?;
-            bytes = shape.unit.split(levels.into(), page, whole).ok_or(missing)?;
-        } else {
-            for (level, bytes) in bytes.iter_mut().enumerate().take(levels.into()) {
-                *bytes = self.pool.get(id * pieces + level as u32).ok_or(missing)?;
-            }
-        }
-        let view = shape.unit.view(levels.into(), page, &bytes);
-        let view = view.ok_or(EngineError::LogicBug("a unit shorter than its shape"))?;
+        let view = unit_view(&self.pool, mapped, (&shape, self.model.page()), id, levels)?;
         // One buffer holds the gathered inputs and, once they are quantised or used, the unit's outputs.
         let input: &[f32] = if tokens == n {
             &b.normed[..n * hidden]
@@ -339,8 +420,7 @@ impl<'a> Engine<'a> {
         let out = &mut b.gathered[..tokens * hidden];
         if shape.router == Router::All && tokens == n {
             matmul_add(exec, &view.down, x, n, out, &mut b.output[..n * hidden]);
-            self.computed = Some((unit, tokens));
-            return Ok(());
+            return Ok(Some(tokens));
         }
         matmul(exec, &view.down, x, tokens, out);
         match shape.router {
@@ -356,8 +436,7 @@ impl<'a> Engine<'a> {
                 }
             }
         }
-        self.computed = Some((unit, tokens));
-        Ok(())
+        Ok(Some(tokens))
     }
 
     /// Adds the units' outputs, in rank order whatever order they were computed in, to the residual stream.

@@ -304,8 +304,8 @@ pub struct Engine<'a> {
     need_count: usize,
     /// Scores of the present layer's clusters above this keep them.
     threshold: f32,
-    /// Number in its layer of the unit that the last step computed, and for how many tokens.
-    computed: Option<(u16, usize)>,
+    /// What the last step computed: the first need, how many, and for how many tokens.
+    computed: (usize, usize, usize),
     /// Experts predicted for later layers.
     predicted_count: usize,
     /// Bytes of units that may still be read for the present token.
@@ -415,7 +415,7 @@ impl<'a> Engine<'a> {
             rotated: None,
             need_count: 0,
             threshold: 0.0,
-            computed: None,
+            computed: (0, 0, 0),
             predicted_count: 0,
             allowance: u64::MAX,
             in_flight: 0,
@@ -496,7 +496,7 @@ impl<'a> Engine<'a> {
         if count > planned {
             return Err(EngineError::Workers { count, planned });
         }
-        self.computed = None;
+        self.computed = (0, 0, 0);
         if let Some(request) = self.next_read() {
             return Ok(Step::Read(request));
         }
@@ -569,7 +569,7 @@ impl<'a> Engine<'a> {
 
     fn step_units(&mut self, exec: &Exec<'_>, layer: usize) -> Result<Step<'a>, EngineError> {
         if let Some(need) = self.computable(layer) {
-            self.unit(exec, layer, need)?;
+            self.units(exec, layer, need)?;
             return Ok(Step::Computed);
         }
         if self.buffers.needs[..self.need_count].iter().any(|n| !n.done) {
@@ -630,8 +630,8 @@ impl<'a> LayerState<'a> {
             levels: unit_levels(&shape, &plan.limits.policy) as u8,
             range: (0.0, 0),
             stats: LayerStats::default(),
-            keys: arena.lines(cache)?,
-            values: arena.lines(cache)?,
+            keys: &mut arena.lines(cache)?[..cache],
+            values: &mut arena.lines(cache)?[..cache],
             conv: arena.f32s(taps * model.hidden())?,
         })
     }

@@ -1,6 +1,7 @@
 //! NEON with the dot-product extension (Armv8.2, Cortex-A55 and A75 onwards): [`super::neon`] with `sdot` for fields
 //! of 2, 4 and 8 bits. The intrinsic is not stable, so the instruction is written out.
 
+use super::attention;
 use super::neon::{self, Dot};
 use crate::activations::{ActSpec, Acts, TokenMut};
 use crate::arch::{Float, Kernels};
@@ -82,7 +83,13 @@ impl Kernels for Dotprod {
     fn dot_rows(&self, format: Float, rows: &[u8], x: &[f32], out: &mut [f32]) {
         neon::dot_rows(format, rows, x, out);
     }
-    fn weighted_sum(&self, format: Float, rows: &[u8], weights: &[f32], out: &mut [f32]) {
-        neon::weighted_sum(format, rows, weights, out);
+    fn widen(&self, format: Float, stored: &[u8], out: &mut [f32]) {
+        attention::widen(format, stored, out);
+    }
+    fn scores(&self, keys: &[f32], q: &[f32], scale: f32, scores: &mut [f32], stride: usize) {
+        attention::scores(keys, q, scale, scores, stride);
+    }
+    fn mix(&self, values: &[f32], dim: usize, weights: &[f32], stride: usize, out: &mut [f32]) {
+        attention::mix(values, dim, weights, stride, out);
     }
 }

@@ -1,4 +1,5 @@
 //! Back-ends for AArch64.
 
+mod attention;
 pub(super) mod dotprod;
 pub(super) mod neon;

@@ -6,6 +6,7 @@
 //! definition, which the compiler vectorises for it.
 #![allow(clippy::needless_range_loop, reason = "row vectors and tokens index several arrays at once")]
 
+use super::attention;
 use crate::activations::{ActSpec, Acts, TokenActs, TokenMut};
 use crate::arch::{Float, Kernels, TILE};
 use crate::reference::quant::{self, QuantBlock, table_slot};
@@ -86,8 +87,14 @@ impl Kernels for Neon {
     fn dot_rows(&self, format: Float, rows: &[u8], x: &[f32], out: &mut [f32]) {
         dot_rows(format, rows, x, out);
     }
-    fn weighted_sum(&self, format: Float, rows: &[u8], weights: &[f32], out: &mut [f32]) {
-        weighted_sum(format, rows, weights, out);
+    fn widen(&self, format: Float, stored: &[u8], out: &mut [f32]) {
+        attention::widen(format, stored, out);
+    }
+    fn scores(&self, keys: &[f32], q: &[f32], scale: f32, scores: &mut [f32], stride: usize) {
+        attention::scores(keys, q, scale, scores, stride);
+    }
+    fn mix(&self, values: &[f32], dim: usize, weights: &[f32], stride: usize, out: &mut [f32]) {
+        attention::mix(values, dim, weights, stride, out);
     }
 }
 
@@ -455,16 +462,16 @@ unsafe fn field1<const T: usize, const V: usize>(
     }
 }
 
-const F32: u8 = Float::F32 as u8;
-const F16: u8 = Float::F16 as u8;
-const BF16: u8 = Float::Bf16 as u8;
+pub(super) const F32: u8 = Float::F32 as u8;
+pub(super) const F16: u8 = Float::F16 as u8;
+pub(super) const BF16: u8 = Float::Bf16 as u8;
 
 /// Loads 4 elements of a stored format.
 ///
 /// # Safety
 /// `p` heads 4 readable elements.
 #[inline(always)]
-unsafe fn load4<const FORMAT: u8>(p: *const u8) -> float32x4_t {
+pub(super) unsafe fn load4<const FORMAT: u8>(p: *const u8) -> float32x4_t {
     // SAFETY: the caller's promise: 16 or 8 bytes. NEON is there.
     unsafe {
         match FORMAT {
@@ -535,64 +542,5 @@ fn dots<const FORMAT: u8, const R: usize>(bytes: usize, rows: [&[u8]; R], x: &[f
             let two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
             vget_lane_f32::<0>(two) + vget_lane_f32::<1>(two)
         })
-    }
-}
-
-pub(super) fn weighted_sum(format: Float, rows: &[u8], weights: &[f32], out: &mut [f32]) {
-    match format {
-        Float::F32 => weighted_sum_of::<F32>(format, rows, weights, out),
-        Float::F16 => weighted_sum_of::<F16>(format, rows, weights, out),
-        Float::Bf16 => weighted_sum_of::<BF16>(format, rows, weights, out),
-    }
-}
-
-#[inline(always)]
-fn weighted_sum_of<const FORMAT: u8>(format: Float, rows: &[u8], weights: &[f32], out: &mut [f32]) {
-    let bytes = format.bytes();
-    let stride = bytes * out.len();
-    assert!(rows.len() >= stride * weights.len());
-    let mut at = 0;
-    while at + 32 <= out.len() {
-        columns::<FORMAT, 8>(&rows[bytes * at..], bytes, stride, weights, &mut out[at..at + 32]);
-        at += 32;
-    }
-    while at + 4 <= out.len() {
-        columns::<FORMAT, 1>(&rows[bytes * at..], bytes, stride, weights, &mut out[at..at + 4]);
-        at += 4;
-    }
-    for (i, out) in out.iter_mut().enumerate().skip(at) {
-        let mut one = [0.0];
-        *out = 0.0;
-        for (row, w) in rows.chunks_exact(stride).zip(weights) {
-            format.to_f32(&row[bytes * i..bytes * (i + 1)], &mut one);
-            *out += w * one[0];
-        }
-    }
-}
-
-/// `4 * V` columns of a weighted sum; `rows` starts at the first of them.
-#[inline(always)]
-fn columns<const FORMAT: u8, const V: usize>(
-    rows: &[u8],
-    bytes: usize,
-    stride: usize,
-    weights: &[f32],
-    out: &mut [f32],
-) {
-    assert!(out.len() == 4 * V);
-    let last = weights.len().saturating_sub(1);
-    assert!(weights.is_empty() || rows.len() >= last * stride + 4 * V * bytes);
-    // SAFETY: NEON is there. Rows are read inside `rows`, checked above for the last one, and `out` has 4 * V elements.
-    unsafe {
-        let mut sums = [vdupq_n_f32(0.0); V];
-        for (j, &w) in weights.iter().enumerate() {
-            for v in 0..V {
-                let row = load4::<FORMAT>(rows.as_ptr().add(j * stride + 4 * v * bytes));
-                sums[v] = vaddq_f32(sums[v], vmulq_n_f32(row, w));
-            }
-        }
-        for v in 0..V {
-            vst1q_f32(out.as_mut_ptr().add(4 * v), sums[v]);
-        }
     }
 }

@@ -7,6 +7,7 @@
 use super::operators;
 use crate::activations::{ActSpec, Acts, TokenMut};
 use crate::arch::{Float, Kernels};
+use crate::reference::attention::POSITIONS;
 use crate::reference::float::{PARTIALS, fold};
 use crate::reference::quant::{self, QuantBlock};
 use crate::weights::ROW_BLOCK;
@@ -76,8 +77,14 @@ impl Kernels for Rvv {
             *out = unsafe { dot(self, format, row.as_ptr(), x) };
         }
     }
-    fn weighted_sum(&self, format: Float, rows: &[u8], weights: &[f32], out: &mut [f32]) {
-        weighted_sum(self, format, rows, weights, out);
+    fn widen(&self, format: Float, stored: &[u8], out: &mut [f32]) {
+        widen(self, format, stored, out);
+    }
+    fn scores(&self, keys: &[f32], q: &[f32], scale: f32, scores: &mut [f32], stride: usize) {
+        self::scores(self, keys, q, scale, scores, stride);
+    }
+    fn mix(&self, values: &[f32], dim: usize, weights: &[f32], stride: usize, out: &mut [f32]) {
+        mix(self, values, dim, weights, stride, out);
     }
     fn dot(&self, a: &[f32], b: &[f32]) -> f32 {
         let n = a.len().min(b.len());
@@ -489,46 +496,157 @@ unsafe fn dot(_: &Rvv, format: Float, row: *const u8, x: &[f32]) -> f32 {
     fold(partials)
 }
 
-/// `out` = sum over rows of `weights[row] * row`, in 16 columns at a time.
-fn weighted_sum(_: &Rvv, format: Float, rows: &[u8], weights: &[f32], out: &mut [f32]) {
-    let stride = format.bytes() * out.len();
-    assert!(rows.len() >= stride * weights.len());
-    if weights.is_empty() {
-        return out.fill(0.0);
-    }
+/// Converts stored elements.
+fn widen(_: &Rvv, format: Float, stored: &[u8], out: &mut [f32]) {
+    assert!(stored.len() >= format.bytes() * out.len());
     for (chunk, out) in out.chunks_mut(PARTIALS).enumerate() {
-        let row = &rows[chunk * PARTIALS * format.bytes()..];
-        macro_rules! columns {
+        let row = &stored[chunk * PARTIALS * format.bytes()..];
+        macro_rules! copy {
             ($load:expr) => {
-                // SAFETY: the proof; `n` columns, at most 16, are inside each of `weights.len()` rows, of which there
-                // is at least one.
+                // SAFETY: the proof; `row` and `out` head `n` elements, at most 16.
                 unsafe {
                     vector_asm!(
-                        [
-                            "vsetivli zero, 16, e32, m4, ta, ma",
-                            "vmv.v.i v24, 0",
-                            "2:",
-                            $load,
-                            "flw {w}, ({weights})",
-                            "vfmul.vf v8, v8, {w}",
-                            "vfadd.vv v24, v24, v8",
-                            "add {row}, {row}, {stride}",
-                            "addi {weights}, {weights}, 4",
-                            "bne {weights}, {end}, 2b",
-                            "vse32.v v24, ({out})",
-                        ]
-                        row = inout(reg) row.as_ptr() => _,
-                        weights = inout(reg) weights.as_ptr() => _,
-                        w = out(freg) _,
-                        end = in(reg) weights.as_ptr_range().end,
+                        [$load, "vse32.v v8, ({out})"]
+                        row = in(reg) row.as_ptr(),
                         n = in(reg) out.len(),
                         bytes = in(reg) out.len() * format.bytes(),
-                        stride = in(reg) stride,
                         out = in(reg) out.as_mut_ptr(),
                     );
                 }
             };
         }
-        by_format!(format, columns);
+        by_format!(format, copy);
+    }
+}
+
+/// Sums into `$sums` the partial sum `$i` of 16 positions; uses v8.
+macro_rules! partial {
+    ($i:literal, $sums:literal) => {
+        concat!(
+            "vmv.v.i ",
+            $sums,
+            ", 0
+             addi {left}, {dim}, -",
+            $i,
+            "
+             blez {left}, 3f
+             addi {key}, {keys}, ",
+            $i,
+            " * 64
+             addi {at}, {q}, ",
+            $i,
+            " * 4
+             2:
+             vle32.v v8, ({key})
+             flw {element}, ({at})
+             vfmul.vf v8, v8, {element}
+             vfadd.vv ",
+            $sums,
+            ", ",
+            $sums,
+            ", v8
+             addi {key}, {key}, 16 * 64
+             addi {at}, {at}, 16 * 4
+             addi {left}, {left}, -16
+             bgtz {left}, 2b
+             3:\n"
+        )
+    };
+}
+
+/// Adds two partial sums, or sums of them.
+macro_rules! fold {
+    ($sums:literal, $more:literal) => {
+        concat!("vfadd.vv ", $sums, ", ", $sums, ", ", $more, "\n")
+    };
+}
+
+/// The fold of the partial sums `$i`, `$i + 8`, `$i + 4` and `$i + 12`, which are given.
+macro_rules! quarter {
+    ($a:literal, $b:literal, $c:literal, $d:literal, $sums:literal, $second:literal, $third:literal) => {
+        concat!(
+            partial!($a, $sums),
+            partial!($b, $second),
+            fold!($sums, $second),
+            partial!($c, $second),
+            partial!($d, $third),
+            fold!($second, $third),
+            fold!($sums, $second)
+        )
+    };
+}
+
+/// The scores of 16 positions, for each head.
+fn scores(_: &Rvv, keys: &[f32], q: &[f32], scale: f32, scores: &mut [f32], stride: usize) {
+    const { assert!(POSITIONS == 16 && PARTIALS == 16) };
+    let dim = keys.len() / POSITIONS;
+    for (q, scores) in q.chunks_exact(dim).zip(scores.chunks_mut(stride)) {
+        let scores = &mut scores[..POSITIONS];
+        // SAFETY: the proof; `keys` are `dim` times 16, `q` has `dim` elements, and there are 16 scores.
+        unsafe {
+            vector_asm!(
+                [
+                    "vsetivli zero, 16, e32, m4, ta, ma",
+                    quarter!(0, 8, 4, 12, "v16", "v20", "v24"),
+                    quarter!(2, 10, 6, 14, "v20", "v24", "v28"),
+                    fold!("v16", "v20"),
+                    quarter!(1, 9, 5, 13, "v20", "v24", "v28"),
+                    quarter!(3, 11, 7, 15, "v24", "v28", "v4"),
+                    fold!("v20", "v24"),
+                    fold!("v16", "v20"),
+                    "vfmul.vf v16, v16, {scale}",
+                    "vse32.v v16, ({scores})",
+                ]
+                keys = in(reg) keys.as_ptr(),
+                q = in(reg) q.as_ptr(),
+                dim = in(reg) dim,
+                left = out(reg) _,
+                key = out(reg) _,
+                at = out(reg) _,
+                element = out(freg) _,
+                scale = in(freg) scale,
+                scores = in(reg) scores.as_mut_ptr(),
+            );
+        }
+    }
+}
+
+/// Adds the weighted values of some positions to each head's sums, 16 columns at a time.
+fn mix(_: &Rvv, values: &[f32], dim: usize, weights: &[f32], stride: usize, out: &mut [f32]) {
+    let positions = values.len() / dim;
+    if positions == 0 {
+        return;
+    }
+    for (out, weights) in out.chunks_exact_mut(dim).zip(weights.chunks(stride)) {
+        let weights = &weights[..positions];
+        for (chunk, out) in out.chunks_mut(PARTIALS).enumerate() {
+            let value = &values[chunk * PARTIALS..];
+            // SAFETY: the proof; `n` columns, at most 16, are inside each of `positions` values, of which there is at
+            // least one.
+            unsafe {
+                vector_asm!(
+                    [
+                        "vsetvli zero, {n}, e32, m4, ta, ma",
+                        "vle32.v v24, ({out})",
+                        "2:",
+                        "vle32.v v8, ({value})",
+                        "flw {w}, ({weights})",
+                        "vfmul.vf v8, v8, {w}",
+                        "vfadd.vv v24, v24, v8",
+                        "add {value}, {value}, {stride}",
+                        "addi {weights}, {weights}, 4",
+                        "bne {weights}, {end}, 2b",
+                        "vse32.v v24, ({out})",
+                    ]
+                    value = inout(reg) value.as_ptr() => _,
+                    weights = inout(reg) weights.as_ptr() => _,
+                    w = out(freg) _,
+                    end = in(reg) weights.as_ptr_range().end,
+                    n = in(reg) out.len(),
+                    stride = in(reg) 4 * dim,
+                    out = in(reg) out.as_mut_ptr(),
+                );
+            }
+        }
     }
 }

@@ -74,7 +74,7 @@ pub(super) fn read_only(bytes: &[u8]) -> u64 {
 /// `p` heads 16 readable elements.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn load16<const FORMAT: u8>(p: *const u8) -> __m512 {
+pub(super) unsafe fn load16<const FORMAT: u8>(p: *const u8) -> __m512 {
     // SAFETY: the caller's promise: 64 or 32 bytes.
     unsafe {
         match FORMAT {
@@ -88,9 +88,9 @@ unsafe fn load16<const FORMAT: u8>(p: *const u8) -> __m512 {
     }
 }
 
-const F32: u8 = Float::F32 as u8;
-const F16: u8 = Float::F16 as u8;
-const BF16: u8 = Float::Bf16 as u8;
+pub(super) const F32: u8 = Float::F32 as u8;
+pub(super) const F16: u8 = Float::F16 as u8;
+pub(super) const BF16: u8 = Float::Bf16 as u8;
 
 #[target_feature(enable = "avx512f")]
 pub(super) fn dot_rows(format: Float, rows: &[u8], x: &[f32], out: &mut [f32]) {
@@ -154,83 +154,10 @@ fn dots<const FORMAT: u8, const R: usize>(bytes: usize, rows: [&[u8]; R], x: &[f
 /// The sum of 16 partial sums, in the definition's order.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn fold(sixteen: __m512) -> f32 {
+fn fold(sixteen: __m512) -> f32 {
     let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(sixteen)));
     let eight = _mm256_add_ps(_mm512_castps512_ps256(sixteen), high);
     let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
     let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
-}
-
-#[target_feature(enable = "avx512f")]
-pub(super) fn weighted_sum(format: Float, rows: &[u8], weights: &[f32], out: &mut [f32]) {
-    match format {
-        Float::F32 => weighted_sum_of::<F32>(4, rows, weights, out),
-        Float::F16 => weighted_sum_of::<F16>(2, rows, weights, out),
-        Float::Bf16 => weighted_sum_of::<BF16>(2, rows, weights, out),
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn weighted_sum_of<const FORMAT: u8>(bytes: usize, rows: &[u8], weights: &[f32], out: &mut [f32]) {
-    let stride = bytes * out.len();
-    assert!(rows.len() >= stride * weights.len());
-    let mut at = 0;
-    while at + 128 <= out.len() {
-        columns::<FORMAT, 8>(&rows[bytes * at..], bytes, stride, weights, &mut out[at..at + 128]);
-        at += 128;
-    }
-    while at + 64 <= out.len() {
-        columns::<FORMAT, 4>(&rows[bytes * at..], bytes, stride, weights, &mut out[at..at + 64]);
-        at += 64;
-    }
-    while at + 16 <= out.len() {
-        columns::<FORMAT, 1>(&rows[bytes * at..], bytes, stride, weights, &mut out[at..at + 16]);
-        at += 16;
-    }
-    for (i, out) in out.iter_mut().enumerate().skip(at) {
-        let mut one = [0.0];
-        *out = 0.0;
-        for (row, w) in rows.chunks_exact(stride).zip(weights) {
-            format_of::<FORMAT>().to_f32(&row[bytes * i..bytes * (i + 1)], &mut one);
-            *out += w * one[0];
-        }
-    }
-}
-
-const fn format_of<const FORMAT: u8>() -> Float {
-    match FORMAT {
-        F32 => Float::F32,
-        F16 => Float::F16,
-        _ => Float::Bf16,
-    }
-}
-
-/// `16 * V` columns of a weighted sum; `rows` starts at the first of them.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn columns<const FORMAT: u8, const V: usize>(
-    rows: &[u8],
-    bytes: usize,
-    stride: usize,
-    weights: &[f32],
-    out: &mut [f32],
-) {
-    assert!(out.len() == 16 * V);
-    let last = weights.len().saturating_sub(1);
-    assert!(weights.is_empty() || rows.len() >= last * stride + 16 * V * bytes);
-    let mut sums = [_mm512_setzero_ps(); V];
-    for (j, w) in weights.iter().enumerate() {
-        let w = _mm512_set1_ps(*w);
-        for (v, sum) in sums.iter_mut().enumerate() {
-            // SAFETY: checked above for the last row, so it holds for all.
-            let row = unsafe { load16::<FORMAT>(rows.as_ptr().add(j * stride + 16 * v * bytes)) };
-            *sum = _mm512_add_ps(*sum, _mm512_mul_ps(w, row));
-        }
-    }
-    for (out, sum) in out.as_chunks_mut::<16>().0.iter_mut().zip(sums) {
-        // SAFETY: `out` has 16 elements.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) };
-    }
 }

@@ -6,10 +6,10 @@
 #![allow(clippy::needless_range_loop, reason = "row vectors and tokens index several arrays at once")]
 
 mod acts;
+mod attention;
 mod float;
 mod gemm;
 mod gemv;
-mod kv8;
 
 use crate::activations::{ActSpec, Acts, TokenMut};
 use crate::arch::{self, Float, Kernels};
@@ -64,17 +64,25 @@ impl Kernels for Avx512 {
         // SAFETY: as above.
         unsafe { float::dot_rows(format, rows, x, out) }
     }
-    fn weighted_sum(&self, format: Float, rows: &[u8], weights: &[f32], out: &mut [f32]) {
+    fn widen(&self, format: Float, stored: &[u8], out: &mut [f32]) {
         // SAFETY: as above.
-        unsafe { float::weighted_sum(format, rows, weights, out) }
+        unsafe { attention::widen(format, stored, out) }
     }
-    fn dot_rows_q8(&self, rows: &[u8], x: &[f32], out: &mut [f32]) {
+    fn widen_keys_q8(&self, block: &[u8], out: &mut [f32]) {
         // SAFETY: as above.
-        unsafe { kv8::dot_rows(rows, x, out) }
+        unsafe { attention::widen_keys_q8(block, out) }
     }
-    fn weighted_sum_q8(&self, rows: &[u8], weights: &[f32], out: &mut [f32]) {
+    fn widen_values_q8(&self, rows: &[u8], dim: usize, out: &mut [f32]) {
         // SAFETY: as above.
-        unsafe { kv8::weighted_sum(rows, weights, out) }
+        unsafe { attention::widen_values_q8(rows, dim, out) }
+    }
+    fn scores(&self, keys: &[f32], q: &[f32], scale: f32, scores: &mut [f32], stride: usize) {
+        // SAFETY: as above.
+        unsafe { attention::scores(keys, q, scale, scores, stride) }
+    }
+    fn mix(&self, values: &[f32], dim: usize, weights: &[f32], stride: usize, out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { attention::mix(values, dim, weights, stride, out) }
     }
     fn store_f16(&self, x: &[f32], out: &mut [u8]) {
         // SAFETY: as above.
