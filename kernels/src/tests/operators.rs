@@ -127,7 +127,7 @@ fn operators_use_the_back_end_that_they_are_given() {
     let scratch = &mut vec![0.0; attention_scratch(&shape, 1, 1, 1)];
     let cache = &vec![0; shape.bytes(KvFormat::F16)];
     attention(exec, KvFormat::F16, &shape, cache, cache, x, 1, 1, 0, 0, 1.0, scratch, &mut [0.0; 2]);
-    assert!(scratch.iter().filter(|x| **x == MARK).count() >= 32 + 1);
+    assert!(scratch.iter().filter(|x| **x == MARK).count() > 32);
 }
 
 /// A gate that is not above zero makes zero, of whatever; NaN shows.

@@ -1,6 +1,7 @@
 //! Attention's sums. A vector holds half of a block's positions of one element of their keys, or 8 elements of a
 //! position's values; a tile of heads shares what is loaded.
 
+use super::AHEAD;
 use super::float::{BF16, F16, F32, load8};
 use crate::arch::Float;
 use crate::reference::attention::POSITIONS;
@@ -23,6 +24,7 @@ fn widen_of<const FORMAT: u8>(format: Float, stored: &[u8], out: &mut [f32]) {
     let (eights, rest) = out.as_chunks_mut::<8>();
     let (stored, stored_rest) = stored.split_at(8 * format.bytes() * eights.len());
     for (stored, out) in stored.chunks_exact(8 * format.bytes()).zip(eights) {
+        _mm_prefetch::<_MM_HINT_T0>(stored.as_ptr().wrapping_add(AHEAD).cast());
         // SAFETY: `stored` and `out` have 8 elements.
         unsafe { _mm256_storeu_ps(out.as_mut_ptr(), load8::<FORMAT>(stored.as_ptr())) };
     }

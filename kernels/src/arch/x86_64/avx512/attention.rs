@@ -1,6 +1,7 @@
 //! Attention's sums. A vector holds a block's 16 positions of one element of their keys, or 16 elements of a position's
 //! values; a tile of heads shares what is loaded.
 
+use super::AHEAD;
 use super::float::{BF16, F16, F32, load16};
 use crate::arch::Float;
 use crate::reference::attention::POSITIONS;
@@ -23,6 +24,7 @@ fn widen_of<const FORMAT: u8>(format: Float, stored: &[u8], out: &mut [f32]) {
     let (sixteens, rest) = out.as_chunks_mut::<16>();
     let (stored, stored_rest) = stored.split_at(16 * format.bytes() * sixteens.len());
     for (stored, out) in stored.chunks_exact(16 * format.bytes()).zip(sixteens) {
+        _mm_prefetch::<_MM_HINT_T0>(stored.as_ptr().wrapping_add(AHEAD).cast());
         // SAFETY: `stored` and `out` have 16 elements.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), load16::<FORMAT>(stored.as_ptr())) };
     }
