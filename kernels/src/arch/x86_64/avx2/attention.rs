@@ -1,5 +1,5 @@
 //! Attention's sums. A vector holds half of a block's positions of one element of their keys, or 8 elements of a
-//! position's values; a tile of heads shares what is loaded.
+//! position's values.
 
 use super::AHEAD;
 use super::float::{BF16, F16, F32, load8};
@@ -42,74 +42,45 @@ pub(super) fn widen_values_q8(rows: &[u8], dim: usize, out: &mut [f32]) {
 
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn scores(keys: &[f32], q: &[f32], scale: f32, scores: &mut [f32], stride: usize) {
-    let dim = keys.len() / POSITIONS;
-    let heads = q.len() / dim;
-    assert!(heads == 0 || scores.len() >= (heads - 1) * stride + POSITIONS);
-    let mut head = 0;
-    while head < heads {
-        let (q, scores) = (&q[head * dim..], &mut scores[head * stride..]);
-        head += match heads - head {
-            1 => scores_of::<1>(keys, dim, q, scale, scores, stride),
-            _ => scores_of::<2>(keys, dim, q, scale, scores, stride),
-        };
-    }
-}
-
-/// The scores of `H` heads; returns how many they are.
-#[inline]
-#[target_feature(enable = "avx2,f16c")]
-fn scores_of<const H: usize>(
-    keys: &[f32],
-    dim: usize,
-    q: &[f32],
-    scale: f32,
-    scores: &mut [f32],
-    stride: usize,
-) -> usize {
     const { assert!(POSITIONS == 16 && PARTIALS == 16) };
-    assert!(keys.len() >= POSITIONS * dim && q.len() >= H * dim && scores.len() >= (H - 1) * stride + POSITIONS);
-    for half in [0, POSITIONS / 2] {
-        let keys = keys[half..].as_ptr();
-        // SAFETY: checked above; elements of a half are 16 apart.
+    let dim = keys.len() / POSITIONS;
+    for (q, scores) in q.chunks_exact(dim).zip(scores.chunks_mut(stride)) {
+        let scores = &mut scores[..POSITIONS];
+        // SAFETY: `keys` are `dim` times 16 elements, and `q` has `dim`.
         let sums = unsafe {
             match dim {
-                64 => all::<H, 64>(keys, dim, q.as_ptr(), 0),
-                128 => all::<H, 128>(keys, dim, q.as_ptr(), 0),
-                _ => all::<H, 0>(keys, dim, q.as_ptr(), 0),
+                64 => all::<64>(keys.as_ptr(), dim, q.as_ptr(), 0),
+                128 => all::<128>(keys.as_ptr(), dim, q.as_ptr(), 0),
+                _ => all::<0>(keys.as_ptr(), dim, q.as_ptr(), 0),
             }
         };
-        for (h, sum) in sums.into_iter().enumerate() {
-            // Partial sums here begin with a product instead of 0, and can be -0 where the definition's are +0; this
-            // is where that would be seen.
+        for (scores, sum) in scores.as_chunks_mut::<8>().0.iter_mut().zip(sums) {
+            // Partial sums here begin with a product instead of 0, and can be -0 where the definition's are +0; this is
+            // where that would be seen.
             let sum = _mm256_mul_ps(_mm256_add_ps(sum, _mm256_setzero_ps()), _mm256_set1_ps(scale));
-            // SAFETY: checked above.
-            unsafe { _mm256_storeu_ps(scores.as_mut_ptr().add(h * stride + half), sum) };
+            // SAFETY: `scores` has 8 elements.
+            unsafe { _mm256_storeu_ps(scores.as_mut_ptr(), sum) };
         }
     }
-    H
 }
 
-/// Partial sum `i` of 8 positions, for `H` heads.
+/// Partial sum `i` of every position. Both halves of a block take an element of the query as soon as it is loaded; a
+/// second head would need more registers than there are.
 ///
 /// # Safety
-/// `keys` heads 8 elements, and as many every 16 elements on, `dim` times; `q` heads `[H][dim]`; `DIM` is 0 or `dim`.
+/// `keys` heads `[dim][16]` elements, `q` `dim`; `DIM` is 0 or `dim`.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-unsafe fn partial<const H: usize, const DIM: usize>(
-    keys: *const f32,
-    dim: usize,
-    q: *const f32,
-    i: usize,
-) -> [__m256; H] {
+unsafe fn partial<const DIM: usize>(keys: *const f32, dim: usize, q: *const f32, i: usize) -> [__m256; 2] {
     let dim = if DIM > 0 { DIM } else { dim };
-    let mut sums = [_mm256_setzero_ps(); H];
+    let mut sums = [_mm256_setzero_ps(); 2];
     let mut d = i;
     while d < dim {
         // SAFETY: `d < dim`.
-        let key = unsafe { _mm256_loadu_ps(keys.add(16 * d)) };
-        for (h, sum) in sums.iter_mut().enumerate() {
+        let q = _mm256_set1_ps(unsafe { *q.add(d) });
+        for (half, sum) in sums.iter_mut().enumerate() {
             // SAFETY: as above.
-            let product = _mm256_mul_ps(key, _mm256_set1_ps(unsafe { *q.add(h * dim + d) }));
+            let product = _mm256_mul_ps(q, unsafe { _mm256_loadu_ps(keys.add(16 * d + 8 * half)) });
             *sum = if d == i { product } else { _mm256_add_ps(*sum, product) };
         }
         d += PARTIALS;
@@ -124,16 +95,11 @@ macro_rules! half {
         /// As [`partial`].
         #[inline]
         #[target_feature(enable = "avx2,f16c")]
-        unsafe fn $name<const H: usize, const DIM: usize>(
-            keys: *const f32,
-            dim: usize,
-            q: *const f32,
-            i: usize,
-        ) -> [__m256; H] {
+        unsafe fn $name<const DIM: usize>(keys: *const f32, dim: usize, q: *const f32, i: usize) -> [__m256; 2] {
             // SAFETY: the caller's promise.
             unsafe {
-                let mut low = $below::<H, DIM>(keys, dim, q, i);
-                let high = $below::<H, DIM>(keys, dim, q, i + $distance);
+                let mut low = $below::<DIM>(keys, dim, q, i);
+                let high = $below::<DIM>(keys, dim, q, i + $distance);
                 for (low, high) in low.iter_mut().zip(high) {
                     *low = _mm256_add_ps(*low, high);
                 }
