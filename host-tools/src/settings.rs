@@ -126,6 +126,9 @@ pub struct Profiled {
     pub low_levels: u8,
     /// What they cost: perplexity on the calibration text over that of full precision, less 1.
     pub loss: f64,
+    /// Standard error of that.
+    #[serde(default)]
+    pub error: f64,
     /// What they were allowed to cost.
     pub max_loss: f64,
     /// Tokens scored.
@@ -176,11 +179,13 @@ impl fmt::Display for Settings {
         if let Some(found) = &self.profiled {
             writeln!(
                 f,
-                "  thresholds {} and {} with {} levels of low precision cost {:.2} % perplexity on the calibration text",
+                "  thresholds {} and {} with {} levels of low precision cost {:.2} % perplexity on the calibration text \
+                 (standard error {:.2} %)",
                 found.full,
                 found.low,
                 found.low_levels,
-                100.0 * found.loss
+                100.0 * found.loss,
+                100.0 * found.error
             )?;
         }
         Ok(())
