@@ -68,8 +68,9 @@ pub struct PlanArgs {
     /// Tokens of it that are used
     #[arg(long, value_name = "N", default_value = "4096", value_parser = super::positive)]
     tokens: usize,
-    /// How much worse the perplexity of the calibration text may become: a share, or a percentage such as 1%. With it
-    /// `scored` and `miss` are tried too, with thresholds that keep within it; 0 is full precision only
+    /// How much worse the perplexity of the calibration text may become, two standard errors of that included: a share, or
+    /// a percentage such as 1%. With it `scored` and `miss` are tried too, with thresholds that keep within it; the longer
+    /// the text, the surer and the lower they are; 0 is full precision only
     #[arg(long, value_name = "SHARE", default_value = "0", value_parser = share)]
     max_loss: f64,
     /// Do not try prefetch by short runs on the throttled device; none is planned then

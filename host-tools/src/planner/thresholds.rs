@@ -131,6 +131,21 @@ mod tests {
     }
 
     #[test]
+    fn an_uncertain_loss_is_not_within_the_limit() {
+        // 0.5 % in the mean of 100 tokens, with a standard error of about 0.2, 0.4 or no per cent.
+        let found = |spread: f64| {
+            let mut measure = |t: Thresholds| {
+                let cost = if t.full < 1.0 { 0.005 } else { 0.0 };
+                Ok((0..100).map(|i| 1.0 + cost * (1.0 + spread * f64::from(2 * (i % 2) - 1))).collect())
+            };
+            profile(&Scores(vec![0.0, 1.0]), 1, 0.01, &mut measure).unwrap()
+        };
+        assert_eq!([0.0, 4.0, 8.0].map(|spread| found(spread).is_empty()), [false, false, true]);
+        let kept = found(4.0)[0];
+        assert!((kept.loss - 0.005).abs() < 1e-4 && (kept.error - 0.002).abs() < 1e-4, "{kept:?}");
+    }
+
+    #[test]
     fn the_loss_is_of_the_perplexity() {
         let (got, error) = loss(&[1.0, 2.0, 3.0], &[1.1, 2.1, 3.1]);
         assert!((got - 0.1f64.exp_m1()).abs() < 1e-12 && error < 1e-9, "{got} {error}");
