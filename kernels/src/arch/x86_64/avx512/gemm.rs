@@ -1,6 +1,6 @@
 //! The product of a row block with many tokens. A piece of K is decoded once, to one byte a weight or, for a single
 //! field of 1 bit, to the places where subset sums are looked up, and multiplied with all tokens before the next piece:
-//! eight tokens and 32 rows at a time, so that sums stay in registers.
+//! up to seven tokens and 32 rows at a time, so that both the sums of a group and those over groups stay in registers.
 
 use super::{broadcast, halves, indices, load, rows_to_lanes};
 use crate::activations::{Acts, TokenActs};
@@ -8,6 +8,7 @@ use crate::reference::quant::QuantBlock;
 use crate::weights::{MAX_FIELDS, ROW_BLOCK};
 use core::arch::x86_64::*;
 use core::mem::MaybeUninit;
+use core::ops::Range;
 
 /// Most K decoded at a time: 20 KiB, which a first-level cache holds beside the activations of a tile.
 const K_PIECE: usize = 640;
@@ -16,8 +17,9 @@ const GROUPS: usize = K_PIECE / 32;
 const PADDED: usize = GROUPS.next_multiple_of(16);
 /// Tokens whose sums are kept while K is walked through: 8 KiB.
 const TOKENS: usize = 64;
-/// Most tokens that are multiplied together.
-const TILE: usize = 8;
+/// Most tokens that are multiplied together. Two vectors of integer sums and two of totals each leave four of the 32
+/// registers for codes and activations; with eight tokens totals would be in memory, which costs a third of the speed.
+const TILE: usize = 7;
 /// Fewest tokens that decoding pays for.
 pub(super) const MIN_TOKENS: usize = 4;
 
@@ -131,37 +133,64 @@ unsafe fn integer<const T: usize>(numbers: &MaybeUninit<[[i32; PADDED]; T]>, t: 
     _mm512_set1_epi32(unsafe { numbers.as_ptr().cast::<i32>().add(t * PADDED + group).read() })
 }
 
-/// The regions of the next piece, of which the caches shall have a group's part for every group of this one.
+/// What the next piece reads, which the tiles of this one ask for in equal shares.
 struct Ahead {
-    /// Where the scales and the fields of the next piece begin, and bytes of a group.
-    regions: [(*const u8, usize); 1 + MAX_FIELDS],
-    count: usize,
+    /// Where its scales begin, and bytes of a group.
+    scales: (*const u8, usize),
+    /// Where its fields begin, and their bytes.
+    fields: [(*const u8, usize); MAX_FIELDS],
+    groups: usize,
+    /// Bytes of the fields that a tile asks for with each group, and with each step of a group.
+    share: usize,
+    step: usize,
 }
 
 impl Ahead {
-    fn new(block: &QuantBlock<'_>, next: usize) -> Self {
-        let mut ahead = Self { regions: [(core::ptr::null(), 0); 1 + MAX_FIELDS], count: 1 + block.levels };
+    /// The piece of `groups` groups from `next` on; after the last piece of a row block comes the first one of the
+    /// next. A group is multiplied in steps of `step` K.
+    fn new(block: &QuantBlock<'_>, next: usize, groups: usize, tiles: usize, step: usize) -> Self {
         let bytes = 2 * ROW_BLOCK * if block.quant.affine { 2 } else { 1 };
-        // After the last piece of a row block comes the first one of the next.
-        ahead.regions[0] = (block.scales.as_ptr().wrapping_add(next * bytes), bytes);
+        let scales = (block.scales.as_ptr().wrapping_add(next * bytes), bytes);
+        let (mut fields, mut group) = ([(core::ptr::null(), 0); MAX_FIELDS], 0);
         for level in 0..block.levels {
             let bytes = block.quant.group.len() * ROW_BLOCK * usize::from(block.field(level).0) / 8;
-            ahead.regions[1 + level] = (block.fields[level].as_ptr().wrapping_add(next * bytes), bytes);
+            fields[level] = (block.fields[level].as_ptr().wrapping_add(next * bytes), bytes * groups);
+            group += bytes;
         }
-        ahead
+        let share = group.div_ceil(tiles);
+        Self { scales, fields, groups, share, step: share.div_ceil(block.quant.group.len() / step) }
     }
+    /// What tile `tile` asks for from on while it multiplies group `group`; the fields are taken one after another.
+    #[inline]
+    fn share(&self, tile: usize, group: usize) -> *const u8 {
+        let mut at = (tile * self.groups + group) * self.share;
+        for &(field, bytes) in &self.fields {
+            if at < bytes {
+                return field.wrapping_add(at);
+            }
+            at -= bytes;
+        }
+        self.scales.0
+    }
+    /// Asks for the scales of a group.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn prefetch(&self, group: usize) {
-        for (region, bytes) in &self.regions[..self.count] {
-            for at in (0..*bytes).step_by(64) {
-                _mm_prefetch::<_MM_HINT_T1>(region.wrapping_add(group * bytes + at).cast());
-            }
-        }
+    fn scales(&self, group: usize) {
+        let (scales, bytes) = self.scales;
+        let scales = scales.wrapping_add(group * bytes);
+        prefetch(scales);
+        prefetch(scales.wrapping_add(bytes - 64));
     }
 }
 
-#[target_feature(enable = "avx512vnni,avx512vbmi")]
+/// Asks for a line.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch(p: *const u8) {
+    _mm_prefetch::<_MM_HINT_T0>(p.cast());
+}
+
+#[target_feature(enable = "avx512vnni,avx512vbmi,gfni")]
 pub(super) fn quant_block(block: &QuantBlock<'_>, acts: &Acts<'_>, put: &mut dyn FnMut(usize, &[f32; ROW_BLOCK])) {
     match block.quant.fields.widths()[..block.levels] {
         [8] => pieces::<SIGNED>(block, acts, put),
@@ -171,7 +200,7 @@ pub(super) fn quant_block(block: &QuantBlock<'_>, acts: &Acts<'_>, put: &mut dyn
 }
 
 #[inline]
-#[target_feature(enable = "avx512vnni,avx512vbmi")]
+#[target_feature(enable = "avx512vnni,avx512vbmi,gfni")]
 fn pieces<const KIND: u8>(block: &QuantBlock<'_>, acts: &Acts<'_>, put: &mut dyn FnMut(usize, &[f32; ROW_BLOCK])) {
     let len = block.quant.group.len();
     let (double, offset) = block.doubled_and_offset();
@@ -189,10 +218,13 @@ fn pieces<const KIND: u8>(block: &QuantBlock<'_>, acts: &Acts<'_>, put: &mut dyn
             let (codes, scales) = (scratch.codes.as_ptr().cast(), scratch.scales.as_ptr().cast());
             let affine = block.quant.affine;
             let piece = Piece { codes, scales, len, groups, affine, seed, offset, entry: double };
-            let ahead = Ahead::new(block, first + groups);
-            for (i, totals) in totals[..tokens].chunks_mut(TILE).enumerate() {
-                let at = first_token + i * TILE;
-                let ahead = if i == 0 { Some(&ahead) } else { None };
+            // Tiles of equal size, as far as possible.
+            let tiles = tokens.div_ceil(TILE);
+            let ahead = Ahead::new(block, first + groups, groups, tiles, if KIND == LOOK_UP { 32 } else { 4 });
+            for i in 0..tiles {
+                let (from, to) = (i * tokens / tiles, (i + 1) * tokens / tiles);
+                let (totals, at) = (&mut totals[from..to], first_token + from);
+                let ahead = (&ahead, i);
                 // SAFETY: the piece's codes and scales have just been written.
                 unsafe {
                     match totals.len() {
@@ -202,7 +234,6 @@ fn pieces<const KIND: u8>(block: &QuantBlock<'_>, acts: &Acts<'_>, put: &mut dyn
                         4 => tile::<KIND, 4>(&piece, ahead, acts, at, first, totals),
                         5 => tile::<KIND, 5>(&piece, ahead, acts, at, first, totals),
                         6 => tile::<KIND, 6>(&piece, ahead, acts, at, first, totals),
-                        7 => tile::<KIND, 7>(&piece, ahead, acts, at, first, totals),
                         _ => tile::<KIND, TILE>(&piece, ahead, acts, at, first, totals),
                     }
                 }
@@ -231,7 +262,7 @@ fn convert_scales(block: &QuantBlock<'_>, first: usize, groups: usize, out: *mut
 }
 
 /// Writes `groups` groups' codes in the form of [`Piece`].
-#[target_feature(enable = "avx512vbmi")]
+#[target_feature(enable = "avx512vbmi,gfni")]
 fn decode<const KIND: u8>(block: &QuantBlock<'_>, first: usize, groups: usize, out: *mut u8) {
     let len = block.quant.group.len();
     assert!(groups * len <= K_PIECE);
@@ -293,22 +324,26 @@ unsafe fn look_ups(field: &[[u8; 128]], out: *mut u8) {
 ///
 /// # Safety
 /// `out` heads `PER` times the bytes of `field`; written before unless `FIRST`.
-#[target_feature(enable = "avx512vbmi")]
+#[target_feature(enable = "avx512vbmi,gfni")]
 unsafe fn unpack<const WIDTH: usize, const PER: usize, const FIRST: bool>(
     field: &[[u8; 128]],
     shift: u32,
     mut out: *mut u8,
 ) {
     const FIRST_AND_SECOND_OR_THIRD: i32 = 0xea;
-    // Bit of a 64-bit lane from which on each of its bytes is taken, less the shift. With 1 bit a 32-bit lane is a row
-    // and its bits are K, else a byte has every fourth K.
-    let start = if WIDTH == 1 { 0x2322_2120_0302_0100 } else { 0x3830_2820_1810_0800 };
-    let start = _mm512_sub_epi8(_mm512_set1_epi64(start), _mm512_set1_epi8(shift as i8));
-    let step = if WIDTH == 1 { 4 } else { WIDTH };
+    // With 1 bit a 32-bit lane is a row and its bits are K: `places` are, for each byte of a 64-bit lane, the bit from
+    // which on it is taken, less the shift. Else a byte has every fourth K: `places` are bit matrices whose row 7 - i
+    // says which bit of a byte becomes bit i of the code.
     let mask = _mm512_set1_epi8((((1 << WIDTH) - 1) << shift) as i8);
-    let mut places = [start; PER];
+    let mut places = [_mm512_setzero_si512(); PER];
     for (i, place) in places.iter_mut().enumerate() {
-        *place = _mm512_add_epi8(start, _mm512_set1_epi8((step * i) as i8));
+        *place = if WIDTH == 1 {
+            let start = _mm512_add_epi8(_mm512_set1_epi64(0x2322_2120_0302_0100), _mm512_set1_epi8((4 * i) as i8));
+            _mm512_sub_epi8(start, _mm512_set1_epi8(shift as i8))
+        } else {
+            let rows = (0..WIDTH).map(|bit| 1u64 << (WIDTH * i + bit) << (8 * (7 - (bit + shift as usize))));
+            _mm512_set1_epi64(rows.sum::<u64>() as i64)
+        };
     }
     for bytes in field {
         for v in 0..2 {
@@ -318,11 +353,15 @@ unsafe fn unpack<const WIDTH: usize, const PER: usize, const FIRST: bool>(
                 let codes = if WIDTH == 1 { rows_to_lanes(codes) } else { codes };
                 for (i, place) in places.iter().enumerate() {
                     let out = out.add(128 * i + 64 * v);
-                    let picked = _mm512_multishift_epi64_epi8(*place, codes);
-                    let code = if FIRST {
-                        _mm512_and_si512(picked, mask)
-                    } else {
-                        _mm512_ternarylogic_epi32::<FIRST_AND_SECOND_OR_THIRD>(picked, mask, load(out))
+                    let code = match (WIDTH, FIRST) {
+                        (1, true) => _mm512_and_si512(_mm512_multishift_epi64_epi8(*place, codes), mask),
+                        (1, false) => _mm512_ternarylogic_epi32::<FIRST_AND_SECOND_OR_THIRD>(
+                            _mm512_multishift_epi64_epi8(*place, codes),
+                            mask,
+                            load(out),
+                        ),
+                        (_, true) => _mm512_gf2p8affine_epi64_epi8::<0>(codes, *place),
+                        (_, false) => _mm512_or_si512(_mm512_gf2p8affine_epi64_epi8::<0>(codes, *place), load(out)),
                     };
                     _mm512_storeu_si512(out.cast(), code);
                 }
@@ -342,7 +381,7 @@ type Sums<const T: usize> = [[__m512i; 2]; T];
 #[target_feature(enable = "avx512vnni,avx512vbmi")]
 unsafe fn tile<const KIND: u8, const T: usize>(
     piece: &Piece,
-    ahead: Option<&Ahead>,
+    ahead: (&Ahead, usize),
     acts: &Acts<'_>,
     at: usize,
     first: usize,
@@ -359,28 +398,33 @@ unsafe fn tile<const KIND: u8, const T: usize>(
         tokens.fill::<KIND>(t, &acts.token(at + t), first, piece);
     }
     assert!(totals.len() == T);
+    let mut acc = [[_mm512_setzero_ps(); 2]; T];
+    for t in 0..T {
+        let halves = totals[t].as_chunks::<16>().0;
+        // SAFETY: 16 elements each.
+        acc[t] = unsafe { [_mm512_loadu_ps(halves[0].as_ptr()), _mm512_loadu_ps(halves[1].as_ptr())] };
+    }
     let per = if piece.affine { 2 * ROW_BLOCK } else { ROW_BLOCK };
-    // Bytes of activations and of codes for one K.
-    let (act_bytes, code_bytes) = if KIND == LOOK_UP { (4, 8) } else { (1, ROW_BLOCK) };
+    // Bytes of codes for one K.
+    let code_bytes = if KIND == LOOK_UP { 8 } else { ROW_BLOCK };
+    let (ahead, share) = ahead;
     for group in 0..piece.groups {
-        if let Some(ahead) = ahead {
-            ahead.prefetch(group);
-        }
-        let from = group * piece.len;
+        ahead.scales(group);
+        let next = (ahead.share(share, group), ahead.step);
         let mut sums: Sums<T> = [[_mm512_setzero_si512(); 2]; T];
-        let mut a = [core::ptr::null(); T];
         for t in 0..T {
-            a[t] = tokens.acts[t].wrapping_add(act_bytes * from);
             // SAFETY: `fill` has prepared this group of token `t`, here and below.
             sums[t] = [unsafe { integer(&tokens.seeds, t, group) }; 2];
         }
+        let from = group * piece.len;
         let codes = piece.codes.wrapping_add(code_bytes * from);
+        let range = from..from + piece.len;
         // SAFETY: the caller's promise; `fill` has checked that the tokens have as many activations.
         unsafe {
             if KIND == LOOK_UP {
-                look_up(codes, a, piece.len, _mm512_set1_epi8(piece.entry as i8), &mut sums);
+                look_up(codes, &tokens.acts, range, _mm512_set1_epi8(piece.entry as i8), next, &mut sums);
             } else {
-                multiply(codes, a, piece.len, &mut sums);
+                multiply(codes, &tokens.acts, range, next, &mut sums);
             }
         }
         // SAFETY: the caller's promise: 32 scales a group, then 32 minima if affine.
@@ -396,10 +440,7 @@ unsafe fn tile<const KIND: u8, const T: usize>(
                 }
                 // SAFETY: as above.
                 let factor = _mm512_mul_ps(scales, unsafe { number(&tokens.halves, t, group) });
-                let product = _mm512_mul_ps(_mm512_cvtepi32_ps(j), factor);
-                let total = totals[t].as_chunks_mut::<16>().0[v].as_mut_ptr();
-                // SAFETY: 16 elements.
-                unsafe { _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), product)) };
+                acc[t][v] = _mm512_add_ps(acc[t][v], _mm512_mul_ps(_mm512_cvtepi32_ps(j), factor));
             }
         }
         if piece.affine {
@@ -409,23 +450,37 @@ unsafe fn tile<const KIND: u8, const T: usize>(
                 for t in 0..T {
                     // SAFETY: as above.
                     let product = _mm512_mul_ps(minima, unsafe { number(&tokens.products, t, group) });
-                    let total = totals[t].as_chunks_mut::<16>().0[v].as_mut_ptr();
-                    // SAFETY: 16 elements.
-                    unsafe { _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), product)) };
+                    acc[t][v] = _mm512_add_ps(acc[t][v], product);
                 }
             }
         }
     }
+    for t in 0..T {
+        let halves = totals[t].as_chunks_mut::<16>().0;
+        for v in 0..2 {
+            // SAFETY: 16 elements.
+            unsafe { _mm512_storeu_ps(halves[v].as_mut_ptr(), acc[t][v]) };
+        }
+    }
 }
 
-/// Adds the products of `k` bytes a row.
+/// Adds the products of the K in `range`, a byte a row, and asks for the line at `next` and
+/// those that follow it in steps.
 ///
 /// # Safety
-/// `w` heads `32 * k` bytes, `q` head `k` codes; `k` is a multiple of 4.
+/// `w` heads 32 bytes for each K, `q` head `range.end` codes; a range has whole fours of K.
 #[inline]
 #[target_feature(enable = "avx512vnni")]
-unsafe fn multiply<const T: usize>(mut w: *const u8, q: [*const u8; T], k: usize, sums: &mut Sums<T>) {
-    for at in (0..k).step_by(4) {
+unsafe fn multiply<const T: usize>(
+    mut w: *const u8,
+    q: &[*const u8; T],
+    range: Range<usize>,
+    (mut next, step): (*const u8, usize),
+    sums: &mut Sums<T>,
+) {
+    for at in range.step_by(4) {
+        prefetch(next);
+        next = next.wrapping_add(step);
         // SAFETY: the caller's promise.
         let codes = unsafe { [load(w), load(w.add(64))] };
         for t in 0..T {
@@ -439,20 +494,24 @@ unsafe fn multiply<const T: usize>(mut w: *const u8, q: [*const u8; T], k: usize
     }
 }
 
-/// Adds the entries of the tables of `k` activations, times `entry`.
+/// Adds the entries of the tables of the K in `range`, times `entry`, and asks for the line at `next` and
+/// those that follow it in steps.
 ///
 /// # Safety
-/// `w` heads `8 * k` bytes, `tables` head `4 * k`; `k` is a multiple of 32.
+/// `w` heads 8 bytes for each K, `tables` head `4 * range.end`; a range has whole 32 of K.
 #[inline]
 #[target_feature(enable = "avx512vnni,avx512vbmi")]
 unsafe fn look_up<const T: usize>(
     mut w: *const u8,
-    tables: [*const u8; T],
-    k: usize,
+    tables: &[*const u8; T],
+    range: Range<usize>,
     entry: __m512i,
+    (mut next, step): (*const u8, usize),
     sums: &mut Sums<T>,
 ) {
-    for at in (0..k).step_by(32) {
+    for at in range.step_by(32) {
+        prefetch(next);
+        next = next.wrapping_add(step);
         // SAFETY: the caller's promise.
         let places = unsafe { [[load(w), load(w.add(64))], [load(w.add(128)), load(w.add(192))]] };
         for t in 0..T {

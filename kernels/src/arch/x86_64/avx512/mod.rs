@@ -17,7 +17,7 @@ use crate::reference::quant::QuantBlock;
 use crate::weights::ROW_BLOCK;
 use core::arch::x86_64::*;
 
-/// Proof that the CPU has AVX-512 F, BW, VL, DQ, VNNI and VBMI.
+/// Proof that the CPU has AVX-512 F, BW, VL, DQ, VNNI and VBMI, and GFNI.
 pub(crate) struct Avx512(());
 
 /// The back-end, if this CPU (with `std`) or this build (without) has the features.
@@ -28,7 +28,8 @@ pub(crate) fn get() -> Option<&'static dyn Kernels> {
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vnni")
-        && is_x86_feature_detected!("avx512vbmi");
+        && is_x86_feature_detected!("avx512vbmi")
+        && is_x86_feature_detected!("gfni");
     #[cfg(not(any(test, feature = "std")))]
     let available = cfg!(all(
         target_feature = "avx512f",
@@ -36,7 +37,8 @@ pub(crate) fn get() -> Option<&'static dyn Kernels> {
         target_feature = "avx512vl",
         target_feature = "avx512dq",
         target_feature = "avx512vnni",
-        target_feature = "avx512vbmi"
+        target_feature = "avx512vbmi",
+        target_feature = "gfni"
     ));
     if available { Some(&Avx512(())) } else { None }
 }
