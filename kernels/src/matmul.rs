@@ -98,7 +98,10 @@ fn multiply(
                 let n = ROW_BLOCK.min(rows.end - first_row);
                 let mut put = |token: usize, products: &[f32; ROW_BLOCK]| {
                     let out = &mut columns.row(token)[at..at + n];
-                    out.copy_from_slice(&products[..n]);
+                    match out.first_chunk_mut() {
+                        Some(out) => *out = *products,
+                        None => out.copy_from_slice(&products[..n]),
+                    }
                     apply_gain(w, out);
                 };
                 if acts.tokens() == 1 {
