@@ -1,6 +1,6 @@
 //! The product of a row block with many tokens. A piece of K is decoded once, to one byte a weight or, for a single
 //! field of 1 bit, to the places where subset sums are looked up, and multiplied with all tokens before the next piece:
-//! up to seven tokens and 32 rows at a time, so that both the sums of a group and those over groups stay in registers.
+//! up to seven tokens (look-ups: five) and 32 rows at a time, so that both the sums of a group and those over groups stay in registers.
 
 use super::{broadcast, halves, indices, load, rows_to_lanes};
 use crate::activations::{Acts, TokenActs};
@@ -20,6 +20,8 @@ const TOKENS: usize = 64;
 /// Most tokens that are multiplied together. Two vectors of integer sums and two of totals each leave four of the 32
 /// registers for codes and activations; with eight tokens totals would be in memory, which costs a third of the speed.
 const TILE: usize = 7;
+/// The same for look-ups, which need nine registers more: for places, tables and entries.
+const LOOK_UP_TILE: usize = 5;
 /// Fewest tokens that decoding pays for.
 pub(super) const MIN_TOKENS: usize = 4;
 
@@ -219,7 +221,7 @@ fn pieces<const KIND: u8>(block: &QuantBlock<'_>, acts: &Acts<'_>, put: &mut dyn
             let affine = block.quant.affine;
             let piece = Piece { codes, scales, len, groups, affine, seed, offset, entry: double };
             // Tiles of equal size, as far as possible.
-            let tiles = tokens.div_ceil(TILE);
+            let tiles = tokens.div_ceil(if KIND == LOOK_UP { LOOK_UP_TILE } else { TILE });
             let ahead = Ahead::new(block, first + groups, groups, tiles, if KIND == LOOK_UP { 32 } else { 4 });
             for i in 0..tiles {
                 let (from, to) = (i * tokens / tiles, (i + 1) * tokens / tiles);
