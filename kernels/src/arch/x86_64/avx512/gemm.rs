@@ -1,6 +1,7 @@
 //! The product of a row block with many tokens. A piece of K is decoded once, to one byte a weight or, for a single
 //! field of 1 bit, to the places where subset sums are looked up, and multiplied with all tokens before the next piece:
-//! up to seven tokens (look-ups: five) and 32 rows at a time, so that both the sums of a group and those over groups stay in registers.
+//! up to seven tokens (look-ups: five) and 32 rows at a time, so that both the sums of a group and those over groups
+//! stay in registers.
 
 use super::{broadcast, halves, indices, load, rows_to_lanes};
 use crate::activations::{Acts, TokenActs};
