@@ -22,6 +22,8 @@ const S3_SMALL: usize = 10;
 const S3_MOST: u8 = 3;
 /// Tokens after which a use counts half to [`Eviction::Density`].
 const HALF_LIFE: u32 = 128;
+/// How many tokens of a unit's own the mean of all units counts as much as to [`Eviction::Density`].
+const PRIOR: f32 = 8.0;
 
 /// Weights of HOBBIT's cache score; they should sum to 1.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -57,7 +59,8 @@ pub enum Eviction {
     S3Fifo,
     /// The least hit density, after LHD (Beckmann and others, NSDI'18): the probability that the unit's layer will use it,
     /// divided by the layers until then. The probability is the share of the latest tokens that used the unit, mixed with
-    /// whether the latest one did.
+    /// whether the latest one did. Of few tokens little can be known: the share is drawn to the mean of all units, and
+    /// for the pieces that only full precision needs to the mean of uses in full precision.
     Density(Density),
 }
 
@@ -199,6 +202,8 @@ pub struct Directory<'a> {
     token: u32,
     /// Tokens, fading as uses do: what a unit's uses would be if every token used it.
     fading: f32,
+    /// The sums of all units' fading uses.
+    all: [f32; 2],
     /// Evictions from S3-FIFO's small queue.
     left: u32,
     wasted: u64,
@@ -234,6 +239,7 @@ impl<'a> Directory<'a> {
             clock: 0,
             token: 0,
             fading: 0.0,
+            all: [0.0; 2],
             left: 0,
             wasted: 0,
         }
@@ -276,6 +282,7 @@ impl<'a> Directory<'a> {
     pub fn begin_token(&mut self) {
         self.token = self.token.saturating_add(1);
         self.fading = self.fading * faded(1) + 1.0;
+        self.all = self.all.map(|all| all * faded(1));
     }
 
     /// A unit's first `used` pieces are used; `full` if that is its full precision.
@@ -293,7 +300,9 @@ impl<'a> Directory<'a> {
         }
         if let Some(unit) = self.units.get_mut(unit as usize) {
             let left = faded(self.token.saturating_sub(unit.last));
-            unit.fading = [unit.fading[0] * left + 1.0, unit.fading[1] * left + if full { 1.0 } else { 0.0 }];
+            let one = [1.0, if full { 1.0 } else { 0.0 }];
+            unit.fading = [unit.fading[0] * left + one[0], unit.fading[1] * left + one[1]];
+            self.all = [self.all[0] + one[0], self.all[1] + one[1]];
             unit.last = self.token;
             unit.uses = unit.uses.saturating_add(1);
             unit.full = unit.full.saturating_add(full.into());
@@ -404,7 +413,10 @@ impl<'a> Directory<'a> {
             }
             Eviction::Density(Density { recent, offset }) => {
                 let left = faded(self.token.saturating_sub(known.last));
-                let share = known.fading[usize::from(piece > 0)] * left / self.fading.max(1.0);
+                let tokens = self.fading.max(1.0);
+                let kind = usize::from(piece > 0);
+                let mean = self.all[kind] / (tokens * self.units.len() as f32);
+                let share = (known.fading[kind] * left + PRIOR * mean) / (tokens + PRIOR);
                 // The layers after the present one have not had the present token yet.
                 let latest = self.token - u32::from(entry.layer > present).min(self.token);
                 let again = if known.last >= latest && uses > 0 { 1.0 } else { 0.0 };
@@ -521,7 +533,7 @@ mod tests {
             [0, 1, 2].map(|l| pinned_units(
                 [7, 3, 5][l],
                 15,
-                9,
+                10,
                 1,
                 1.0,
                 [&[0, 2, 4, 7], &[0, 1, 2, 3], &[3, 4, 5, 5]][l]
