@@ -23,7 +23,7 @@ const S3_MOST: u8 = 3;
 /// Tokens after which a use counts half to [`Eviction::Density`].
 const HALF_LIFE: u32 = 128;
 /// How many tokens of a unit's own the mean of all units counts as much as to [`Eviction::Density`].
-const PRIOR: f32 = 8.0;
+const PRIOR: f32 = 32.0;
 
 /// Weights of HOBBIT's cache score; they should sum to 1.
 #[derive(Clone, Copy, PartialEq, Debug)]
