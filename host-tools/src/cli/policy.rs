@@ -39,7 +39,7 @@ pub struct PolicyArgs {
     levels: Option<usize>,
     /// What gives way among experts, and among clusters where --neurons-kept leaves some out: lru, lfu, hobbit,
     /// hobbit=LRU,LFU,LHU,FLD (its weights), apex, s3fifo, density or density=RECENT,OFFSET (its parameters) [default: the
-    /// plan's, else lru; lfu with --neurons-kept]
+    /// plan's, else lru; density with --neurons-kept]
     #[arg(long, value_name = "NAME", value_parser = parse_eviction)]
     eviction: Option<Eviction>,
     /// Predict experts up to N layers ahead and read them early; 0 reads none [default: the plan's, else 0]
@@ -114,7 +114,7 @@ impl PolicyArgs {
         let stored = stored.unwrap_or_default();
         // Layers come round in turn, so the least recently used cluster is the one that is needed next. A plan knows of
         // experts only.
-        let default_eviction = if clusters { Eviction::Lfu } else { stored.eviction };
+        let default_eviction = if clusters { Eviction::DENSITY } else { stored.eviction };
         let policy = Policy {
             loading,
             eviction: self.eviction.unwrap_or(default_eviction),
