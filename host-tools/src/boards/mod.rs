@@ -145,8 +145,8 @@ pub const BOARDS: &[Board] = &[
         machine: "QEMU virt, Cortex-A53, A72 or A76",
         target: "aarch64-unknown-none",
         ram: 14 << 20,
-        arena: 2648 << 10,
-        stack: 48 << 10,
+        arena: 2640 << 10,
+        stack: 56 << 10,
         media: &[pflash(64 << 20, 20 * MB), virtio(20 * MB)],
     },
     Board {

@@ -56,7 +56,7 @@ fn loss(exact: &[f64], other: &[f64]) -> (f64, f64) {
 /// Thresholds that cost at most `max_loss`, a share of the perplexity, by `measure`, which gives the negative logarithms
 /// of a text's probabilities under `scored` with given thresholds: with low precision alone, with low precision for
 /// half of the loss and leaving out for the rest, and with leaving out alone. What is certain is what counts: the
-/// loss on the text and [`MARGIN`] standard errors more must be within the limit. Thresholds of 1 and 1 are not given.
+/// loss on the text and `MARGIN` standard errors more must be within the limit. Thresholds of 1 and 1 are not given.
 ///
 /// # Errors
 /// Whatever `measure` says; a text of fewer than two tokens.

@@ -18,7 +18,7 @@ use forebay_board::{flash, semihost, virtio};
 use static_cell::ConstStaticCell;
 
 /// The memory that the model lives in: with the stacks, less than a third of the bundled model's image.
-const ARENA: usize = 2648 << 10;
+const ARENA: usize = 2640 << 10;
 
 const UART: usize = 0x0900_0000;
 const UART_CLOCK: u32 = 24_000_000;
