@@ -37,9 +37,18 @@ pub(crate) fn scores(keys: &[f32], q: &[f32], scale: f32, scores: &mut [f32], st
 /// `[positions][dim]`, `out` `[heads][dim]`.
 #[inline(always)]
 pub(crate) fn mix(values: &[f32], dim: usize, weights: &[f32], stride: usize, out: &mut [f32]) {
+    mix_from(0, values, dim, weights, stride, out);
+}
+
+/// As [`mix`], of the elements from `first` on: what fills no vector of a back-end.
+#[inline(always)]
+pub(crate) fn mix_from(first: usize, values: &[f32], dim: usize, weights: &[f32], stride: usize, out: &mut [f32]) {
+    if first == dim {
+        return;
+    }
     for (out, weights) in out.chunks_exact_mut(dim).zip(weights.chunks(stride)) {
         for (value, w) in values.chunks_exact(dim).zip(weights) {
-            add_scaled(out, value, *w);
+            add_scaled(&mut out[first..], &value[first..], *w);
         }
     }
 }

@@ -3,8 +3,8 @@
 
 use super::neon::{BF16, F16, F32, load4};
 use crate::arch::Float;
-use crate::reference::attention::POSITIONS;
-use crate::reference::float::{PARTIALS, add_scaled};
+use crate::reference::attention::{POSITIONS, mix_from};
+use crate::reference::float::PARTIALS;
 use core::arch::aarch64::*;
 
 pub(super) fn widen(format: Float, stored: &[u8], out: &mut [f32]) {
@@ -139,13 +139,7 @@ fn mix_of<const H: usize>(values: &[f32], dim: usize, weights: &[f32], stride: u
             }
         };
     }
-    if whole < dim {
-        for (h, out) in out.chunks_exact_mut(dim).take(H).enumerate() {
-            for (value, w) in values.chunks_exact(dim).zip(&weights[h * stride..]) {
-                add_scaled(&mut out[whole..], &value[whole..], *w);
-            }
-        }
-    }
+    mix_from(whole, values, dim, weights, stride, &mut out[..H * dim]);
 }
 
 /// `4 * V` columns from `at` on; returns how many they are.

@@ -4,8 +4,8 @@
 use super::AHEAD;
 use super::float::{BF16, F16, F32, load16};
 use crate::arch::Float;
-use crate::reference::attention::POSITIONS;
-use crate::reference::float::{PARTIALS, add_scaled};
+use crate::reference::attention::{POSITIONS, mix_from};
+use crate::reference::float::PARTIALS;
 use crate::reference::kv8;
 use core::arch::x86_64::*;
 
@@ -180,13 +180,7 @@ fn mix_of<const H: usize>(values: &[f32], dim: usize, weights: &[f32], stride: u
             at += 16;
         }
     }
-    if whole < dim {
-        for (h, out) in out.chunks_exact_mut(dim).take(H).enumerate() {
-            for (value, w) in values.chunks_exact(dim).zip(&weights[h * stride..]) {
-                add_scaled(&mut out[whole..], &value[whole..], *w);
-            }
-        }
-    }
+    mix_from(whole, values, dim, weights, stride, &mut out[..H * dim]);
     H
 }
 
