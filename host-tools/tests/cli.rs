@@ -581,6 +581,16 @@ fn inspect_shows_the_plan() {
     failure(1, &["inspect", image(), "--ram", "100K"], &["--ram 100K is too small"]);
 }
 
+#[test]
+fn batches_are_wide_where_that_costs_the_pool_little() {
+    let batch = |more: &[&str]| {
+        let args = [&["inspect", image(), "-c", "1024", "--json"], more].concat();
+        serde_json::from_str::<Value>(&stdout(&args)).unwrap()["plan"]["batch"].as_u64().unwrap()
+    };
+    assert_eq!((batch(&[]), batch(&["--ram", "9M"])), (512, 64));
+    assert_eq!(batch(&["-b", "100"]), 100);
+}
+
 /// A copy of the bundled model's image, to be planned.
 fn own_image(name: &str) -> String {
     let path = scratch(name).join("tiny.fby");

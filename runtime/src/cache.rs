@@ -543,6 +543,30 @@ mod tests {
     }
 
     #[test]
+    fn density_knows_what_full_precision_needs_before_it_has_seen_much() {
+        let (mut entries, mut of_piece, mut units) = ([Entry::default(); 3], [0; 32], [UnitUse::default(); 16]);
+        let mut directory = Directory::new(&mut entries, &mut of_piece, &mut units, 2, 4, Eviction::DENSITY);
+        let claim = |unit: u32, piece: u32| {
+            let layer = (unit / 4) as u16;
+            Claim { piece: 2 * unit + piece, layer, present: 0, ahead: false, pinned: false }
+        };
+        for (unit, piece) in [(12, 0), (12, 1), (13, 0)] {
+            directory.claim(claim(unit, piece), |_, _| false, |_| None).unwrap();
+            directory.settle(2 * unit + piece, true);
+        }
+        // In low precision units are used often, in full precision one was, once and long ago; unit 13 not yet.
+        for token in 0..4 {
+            directory.begin_token();
+            directory.touch(12, 2, token == 0);
+            (4..12).for_each(|unit| directory.touch(unit, 1, false));
+        }
+        directory.begin_token();
+        directory.begin_token();
+        directory.claim(claim(4, 0), |_, _| false, |_| None).unwrap();
+        assert_eq!(directory.slot(2 * 12 + 1), None);
+    }
+
+    #[test]
     fn density_is_probability_over_distance() {
         // Used as often: the one whose layer comes later goes. From layer 0 on, layer 1 is next, layer 3 last.
         assert_eq!(victim(&[(4, 5), (12, 5)], [4, 12], 0), 12);
